@@ -1,0 +1,63 @@
+"""A KVM-backed virtual machine monitor for x86-64 Linux.
+
+    import kvmpy
+
+    with kvmpy.Machine(kernel="bzImage", initrd="initrd.img", mem="512M") as vm:
+        vm.wait_for_console("login:", timeout=60)
+        vm.console.send("root\n")
+
+Names are loaded when they are first used: `import kvmpy` by itself costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import MachineConfig as MachineConfig
+    from .console import ConsoleTimeout as ConsoleTimeout
+    from .core.board import Board as Board
+    from .core.board import Reason as Reason
+    from .core.board import Stop as Stop
+    from .core.errors import ConfigError as ConfigError
+    from .core.errors import HostError as HostError
+    from .core.errors import ImageError as ImageError
+    from .core.errors import KvmError as KvmError
+    from .core.errors import KvmpyError as KvmpyError
+    from .core.errors import NotFoundError as NotFoundError
+    from .core.regs import Bits as Bits
+    from .core.regs import Device as Device
+    from .core.regs import Field as Field
+    from .core.regs import Reg as Reg
+    from .core.regs import RegisterDevice as RegisterDevice
+    from .core.regs import bit as bit
+    from .machine import Machine as Machine
+
+_HOMES = {
+    "Machine": "machine",
+    "MachineConfig": "config",
+    "ConsoleTimeout": "console",
+    "Board": "core.board",
+    "Reason": "core.board",
+    "Stop": "core.board",
+    "ConfigError": "core.errors",
+    "HostError": "core.errors",
+    "ImageError": "core.errors",
+    "KvmError": "core.errors",
+    "KvmpyError": "core.errors",
+    "NotFoundError": "core.errors",
+    "Bits": "core.regs",
+    "Device": "core.regs",
+    "Field": "core.regs",
+    "Reg": "core.regs",
+    "RegisterDevice": "core.regs",
+    "bit": "core.regs",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvmpy' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,103 @@
+"""An address space of devices: the same class serves I/O ports and MMIO."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+MAX_RESOLVED = 1 << 16  # a guest may touch every byte of every device; the memo of resolved addresses stays this small
+
+
+class BusDevice(Protocol):
+    """What a bus needs of a device. Values are integers; offsets count from the device's base.
+
+    `lock` is held by the bus around `read` and `write`: a device never runs two of its methods at once.
+    """
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
+
+    def read(self, offset: int, size: int) -> int: ...
+
+    def write(self, offset: int, size: int, value: int) -> None: ...
+
+
+class Range(NamedTuple):
+    """`device` answers [base, end)."""
+
+    base: int
+    end: int
+    device: BusDevice
+
+
+class Slot(NamedTuple):
+    """A resolved access: everything that a read or write of one address and size needs."""
+
+    read: Callable[[int, int], int]
+    write: Callable[[int, int, int], None]
+    offset: int
+    mask: int
+    lock: AbstractContextManager[Any]
+
+
+class Bus:
+    """Address to device. Ranges never overlap; unmapped reads float high, unmapped writes vanish.
+
+    An access belongs to the device that answers all of it. One that leaves its device is unmapped and never split:
+    the dword that Linux writes to 0xcf8 to look for PCI must not reach the reset register at 0xcf9.
+    `unmapped(address, size, value)` is told of every access that no device answers (value None for a read).
+    """
+
+    def __init__(self, name: str, unmapped: Callable[[int, int, int | None], None] | None = None) -> None:
+        self.name = name
+        self.ranges: list[Range] = []
+        self._unmapped = unmapped
+        self._slots: dict[int, Slot] = {}
+
+    def add(self, base: int, size: int, device: BusDevice) -> None:
+        """Give [base, base+size) to `device`; raises ValueError when it is empty or any of it is taken."""
+        new = Range(base, base + size, device)
+        if base < 0 or size <= 0:
+            raise ValueError(f"{self.name}: {type(device).__name__} at {base:#x}+{size:#x} has no address")
+        for old in self.ranges:
+            if new.base < old.end and old.base < new.end:
+                raise ValueError(
+                    f"{self.name}: {type(device).__name__} at {base:#x}+{size:#x} overlaps "
+                    f"{type(old.device).__name__} at {old.base:#x}+{old.end - old.base:#x}"
+                )
+        # Replaced, not changed: a vCPU may be looking something up.
+        self.ranges = sorted([*self.ranges, new], key=lambda r: r.base)
+
+    def read(self, address: int, size: int) -> int:
+        """The value at `address`, masked to `size` bytes."""
+        slot = self._slots.get(address << 4 | size) or self._resolve(address, size)
+        if slot is None:
+            if self._unmapped is not None:
+                self._unmapped(address, size, None)
+            return (1 << 8 * size) - 1
+        with slot.lock:
+            return slot.read(slot.offset, size) & slot.mask
+
+    def write(self, address: int, size: int, value: int) -> None:
+        """Write the low `size` bytes of `value` at `address`."""
+        slot = self._slots.get(address << 4 | size) or self._resolve(address, size)
+        if slot is None:
+            if self._unmapped is not None:
+                self._unmapped(address, size, value)
+            return
+        with slot.lock:
+            slot.write(slot.offset, size, value & slot.mask)
+
+    def _resolve(self, address: int, size: int) -> Slot | None:
+        """Find the device that answers all of the access; one that straddles its end is unmapped."""
+        ranges = self.ranges
+        index = bisect_right(ranges, address, key=lambda r: r.base) - 1
+        if index < 0 or address + size > ranges[index].end:
+            return None
+        base, _, device = ranges[index]
+        slot = Slot(device.read, device.write, address - base, (1 << 8 * size) - 1, device.lock)
+        if len(self._slots) < MAX_RESOLVED:
+            self._slots[address << 4 | size] = slot
+        return slot

@@ -1,0 +1,74 @@
+"""Every error kvmpy raises on purpose, with the exit status that the command line gives it.
+
+An error is one line: what is wrong with which thing, then, after a semicolon, what to do about it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+
+class KvmpyError(Exception):
+    """Base of all errors that users can act on; `status` is the exit status of the command line."""
+
+    status: ClassVar[int] = 125
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}" if self.remedy else self.what
+
+
+class ConfigError(KvmpyError, ValueError):
+    """What the user asked for cannot be done as asked."""
+
+
+class ImageError(ConfigError):
+    """A kernel, initrd or other file is not what it should be (truncated, malformed, too large)."""
+
+
+class NotFoundError(KvmpyError):
+    """A file or command that the user named does not exist."""
+
+    status = 127
+
+
+class HostError(KvmpyError):
+    """A resource of the host failed or is missing (file, memory, tool)."""
+
+
+class KvmError(KvmpyError):
+    """A KVM ioctl failed: `ioctl` is its name, `argument` what it was called with, `errno` why."""
+
+    status = 126
+
+    def __init__(self, ioctl: str, argument: str, errno: int, remedy: str = "") -> None:
+        super().__init__(f"{ioctl}({argument}): {os.strerror(errno)}", remedy)
+        self.ioctl = ioctl
+        self.argument = argument
+        self.errno = errno
+
+
+class CannotRunKernels(KvmpyError):
+    """This host's KVM emulates ring 0 instead of running it (kvm/probe.py), which no Linux kernel survives."""
+
+    status = 126
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this host's KVM emulates kernel code in software, which Linux does not survive",
+            "use a machine with VT-x/AMD-V, enable nested virtualisation for this one, or, in a checkout of kvmpy, "
+            "run `scripts/linux-host kvmpy boot ...`",
+        )
+
+
+class GuestError(KvmpyError):
+    """The guest did something that the specification forbids; the device that sees it must survive it."""
+
+
+class GuestMemoryError(GuestError):
+    """A guest-physical range that is not (wholly) RAM."""
