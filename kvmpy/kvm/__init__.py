@@ -1,0 +1,1 @@
+"""The hypervisor seam: the only package that issues KVM ioctls."""
