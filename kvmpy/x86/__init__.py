@@ -1,0 +1,1 @@
+"""Facts of the x86 PC platform: addresses, CPU state, CPUID, MSRs, ACPI and MP tables."""
