@@ -1,0 +1,1 @@
+"""Kernel images into guest memory: one module for each boot protocol."""

@@ -1,0 +1,58 @@
+"""Builds and checks the kernel command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..core.errors import ConfigError
+
+LINUX_LIMIT = 2047  # COMMAND_LINE_SIZE - 1 on x86, for kernels that do not say (arch/x86/include/asm/setup.h)
+OLD_LIMIT = 255  # before boot protocol 2.06 (Documentation/arch/x86/boot.rst, cmdline_size)
+
+# What a guest of this machine is told unless --cmdline replaces it (Documentation/admin-guide/kernel-parameters).
+DEFAULT = (
+    "console=ttyS0,115200",  # the only console; time-outs of the tty layer grow with 1/baud, and 9600 is the default
+    "reboot=k",  # reset through the keyboard controller's port: works without ACPI as well
+    "panic=-1",  # a panic reboots at once instead of waiting for ever, so that the machine stops
+    "pci=off",  # there is no PCI: saves the early quirks' walk over bus 0, a few hundred port accesses
+    "i8042.noaux",  # no mouse: kernels that cannot learn it from ACPI otherwise wait half a second for one
+    "i8042.nokbd",  # nor a keyboard
+    "no_timer_check",  # the timer works; kernels without KVM_GUEST otherwise count ten ticks to see that
+    "8250.nr_uarts=1",  # do not probe for COM2 to COM4
+    "random.trust_cpu=on",  # RDRAND seeds the random numbers: an idle guest has no other entropy to wait for
+)
+
+
+def compose(base: str | None, appends: Sequence[str] = (), extra: Sequence[str] = ()) -> str:
+    """The command line: `extra` (what devices ask for), then `base` or the defaults, then `appends`.
+
+    Of a word given twice the kernel takes the last, and words after `--` go to init: so the user's come last.
+    Raises ConfigError for what cannot be in a command line.
+    """
+    line = " ".join(filter(None, [*extra, " ".join(DEFAULT) if base is None else base, *appends]))
+    _bytes(line)
+    return line
+
+
+def encode(line: str, limit: int) -> bytes:
+    """`line` as the kernel gets it, without the NUL; raises ConfigError over `limit` bytes or for bad characters."""
+    data = _bytes(line)
+    if len(data) > limit:
+        raise ConfigError(
+            f"the command line has {len(data)} bytes, this kernel takes {limit}",
+            f"make --cmdline/--append shorter by {len(data) - limit}",
+        )
+    return data
+
+
+def _bytes(line: str) -> bytes:
+    for character, name in (("\0", "NUL"), ("\n", "newline"), ("\r", "carriage return")):
+        if character in line:
+            before = line[: line.index(character)][-20:]
+            raise ConfigError(f"the command line has a {name} after {before!r}", "take it out of --cmdline/--append")
+    try:
+        return os.fsencode(line)
+    except UnicodeEncodeError as error:
+        bad = line[error.start]
+        raise ConfigError(f"the command line has {bad!r}, which is no character", "give it as UTF-8") from None
