@@ -1,0 +1,128 @@
+"""The command line: one module for each verb, loaded when that verb is used.
+
+A verb's module has `add_arguments(parser)` and `run(args) -> int`; the first line of its docstring is its help.
+
+Exit statuses:
+    0        the guest powered off, asked for a reset, or halted; or it was stopped with Ctrl-a x
+    0-255    with --exec: the status of the command in the guest (128+n: killed by signal n)
+    124      --timeout ran out
+    125      an option, a file or a configuration is wrong, or a resource of the host is missing
+    126      KVM is missing, not permitted, or cannot run what was asked for
+    127      a file that was named does not exist
+    128+n    kvmpy itself was stopped by signal n
+    253      the guest's kernel panicked
+    254      triple fault
+    255      the guest was lost: an exit from KVM that cannot be resumed, or no status from --exec
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from ..core.errors import ConfigError, HostError, KvmpyError
+from ..core.text import escaped
+
+VERBS = {
+    "boot": "boot a kernel and connect to its console",
+    "doctor": "tell what this host can do, and the remedy for what it cannot",
+    "inspect": "tell how a kernel image can be booted",
+    "initrd": "make an initramfs",
+}
+
+
+OUTPUT_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are ConfigErrors: one line, status 125."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, f"see `{self.prog} --help`")
+
+
+def run(argv: list[str]) -> int:
+    """Run the verb that `argv` begins with; errors become one line on standard error and their status."""
+    _open_missing_standard_streams()
+    try:
+        try:
+            return _dispatch(argv)
+        finally:
+            sys.stdout.flush()  # here, where an error can still be told; argparse leaves its help unflushed
+    except KvmpyError as error:
+        _complain(f"kvmpy: {error}")
+        return error.status
+    except BrokenPipeError:
+        _abandon(1)
+        return 128 + 13
+    except KeyboardInterrupt:
+        return 128 + 2
+    except OSError as error:
+        if error.errno not in OUTPUT_FAILURES:
+            raise
+        _abandon(1)
+        _complain(f"kvmpy: cannot write to standard output: {error.strerror}; make room, or send it elsewhere")
+        return HostError.status
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if argv else ConfigError.status
+    if argv[0] in ("-V", "--version", "version"):
+        from importlib.metadata import version
+
+        print(f"kvmpy {version('kvmpy')}")
+        return 0
+    verb = argv[0]
+    if verb not in VERBS:
+        raise ConfigError(f'no command "{verb}"', f"use one of {', '.join(VERBS)}")
+    module = import_module(f".{verb}", __name__)
+    parser = Parser(
+        prog=f"kvmpy {verb}",
+        description=(module.__doc__ or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # or a script that abbreviates breaks when an option is added
+    )
+    module.add_arguments(parser)
+    status: int = module.run(parser.parse_args(argv[1:]))
+    return status
+
+
+def _usage() -> str:
+    lines = ["usage: kvmpy COMMAND [OPTIONS]", "", "A virtual machine monitor for x86-64 Linux.", "", "commands:"]
+    lines += [f"  {verb:<9} {text}" for verb, text in VERBS.items()]
+    return "\n".join([*lines, "", "`kvmpy COMMAND --help` tells more. Exit statuses are in the README."])
+
+
+def _complain(line: str) -> None:
+    """One line on standard error, whatever characters were in the user's input."""
+    tell(escaped(line.replace("\n", " ")))
+
+
+def tell(text: str) -> None:
+    """Lines on standard error. When they cannot be written there is nobody to tell; the exit status does."""
+    try:
+        print(text, file=sys.stderr)
+    except OSError:
+        _abandon(2)
+
+
+def _abandon(fd: int) -> None:
+    """What could not be written to `fd` must not be tried again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+def _open_missing_standard_streams() -> None:
+    """Put /dev/null where 0, 1 or 2 is closed, or the next file opened would take its place."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115 - for the life of the process

@@ -1,0 +1,204 @@
+"""Boot a kernel and connect to its console.
+
+Without --kernel the newest kernel of this host is taken, without --initrd the built-in initramfs.
+On a terminal, Ctrl-a x quits and Ctrl-a h shows the other keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..config import MachineConfig
+from ..console import Console, Endpoint
+from ..core.board import Reason, Stop
+from ..core.errors import ConfigError
+from ..core.events import EventLoop
+from ..core.log import LEVELS, log
+from ..host import endpoint
+from ..host.tty import Key
+from ..machine import Machine
+from . import tell
+
+STATUS = {
+    Reason.POWEROFF: 0,
+    Reason.RESET: 0,
+    Reason.HALT: 0,
+    Reason.QUIT: 0,
+    Reason.TIMEOUT: 124,
+    Reason.PANIC: 253,
+    Reason.TRIPLE_FAULT: 254,
+    Reason.CRASH: 255,
+    Reason.ERROR: 255,
+}
+LOST = 255
+END_OF_FILE = b"\x04"  # Ctrl-d
+REPORTED = {Reason.TIMEOUT, Reason.PANIC, Reason.TRIPLE_FAULT, Reason.CRASH, Reason.ERROR}
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("image", nargs="?", metavar="KERNEL", help="kernel image, as with --kernel")
+    add("-k", "--kernel", metavar="FILE", help="bzImage, ELF vmlinux, multiboot or flat image")
+    add("-i", "--initrd", metavar="FILE", action="append", help="initial RAM disk; several are concatenated")
+    add("-m", "--mem", metavar="SIZE", default="512M", help="memory, e.g. 512M or 2G; no suffix: MiB (default 512M)")
+    add("-c", "--cpus", metavar="N", default="1", help="number of virtual CPUs (default 1)")
+    add("--cmdline", metavar="WORDS", help="the kernel's command line, instead of the default one")
+    add("--append", "--params", metavar="WORDS", action="append", default=[], help="words behind the command line")
+    add("--boot", metavar="PROTOCOL", default="auto", help="auto, pvh, linux64, decompressor, multiboot or flat")
+    add("--exec", metavar="CMD", help="shell command, or file with a script, for the built-in initramfs to run")
+    add("--serial", metavar="WHERE", help=f"the serial console: {endpoint.KINDS} (default stdio)")
+    add("--timeout", metavar="S", help="stop after S seconds, with status 124")
+    add("--json", action="store_true", help="print the outcome, console text included, as JSON")
+    add("-v", "--verbose", action="count", default=0, help="tell what is done and why; twice: every unmapped access")
+    add("-q", "--quiet", action="store_true", help="no crash report")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.verbose:
+        log.threshold = LEVELS["debug" if args.verbose > 1 else "info"]
+    if args.image and args.kernel:
+        raise ConfigError("two kernels are given", "name one, with or without --kernel")
+    if args.json and args.serial == "stdio":
+        raise ConfigError("--json and --serial stdio both want standard output", "leave one of them out")
+    timeout = parse_seconds(args.timeout)
+    config = MachineConfig.of(
+        kernel=args.kernel or args.image,
+        initrd=args.initrd,
+        mem=args.mem,
+        cpus=args.cpus,
+        cmdline=args.cmdline,
+        append=args.append,
+        environment=terminal_words(),
+        boot=args.boot,
+        exec=command(args.exec),
+    )
+    kind, path = endpoint.parse(args.serial or ("null" if args.json else "stdio"))
+    machine = Machine(config, endpoint=lambda loop, console: open_endpoint(kind, path, loop, console, machine))
+    previous = {number: signal.signal(number, _stopper(machine)) for number in SIGNALS}
+    try:
+        machine.start()
+        stop = machine.wait(timeout)
+        report, facts = "", None
+        if stop.reason in REPORTED:
+            from ..report import crash_facts, crash_report
+
+            report = "" if args.quiet else crash_report(machine, stop)
+            facts = crash_facts(machine, stop) if args.json else None
+    finally:
+        machine.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    status = exit_status(stop, asked_for_status=config.exec is not None)
+    if args.json:
+        print(json.dumps(_outcome(machine, stop, status) | {"report": facts}))
+    if not report and (args.verbose or (sys.stderr.isatty() and not args.quiet and config.exec is None)):
+        report = f"kvmpy: {stop}"
+    if not report and status == LOST and not args.quiet:
+        report = f"kvmpy: {stop}; the command of --exec gave no exit status"
+    if report:
+        on_one_terminal = kind == "stdio" and sys.stderr.isatty()
+        fresh_line = "\n" if on_one_terminal and not machine.console.text.endswith(("\n", "\r")) else ""
+        tell(fresh_line + report)
+    return status
+
+
+def command(text: str | None) -> str | None:
+    """What --exec means: the command itself, or the script in the file of that name."""
+    if text is None:
+        return None
+    from ..boot.initramfs import read_command
+
+    return read_command(text)
+
+
+def exit_status(stop: Stop, *, asked_for_status: bool) -> int:
+    """The exit status of the command line for the way a machine stopped."""
+    if stop.reason is Reason.EXIT:
+        return stop.status
+    if stop.reason is Reason.SIGNAL:
+        return 128 + stop.status
+    if asked_for_status and STATUS[stop.reason] == 0:
+        return LOST
+    return STATUS[stop.reason]
+
+
+def terminal_words() -> list[str]:
+    """What the built-in init passes on to its shell about the user's terminal."""
+    if not os.isatty(0) or not os.isatty(1):
+        return []
+    size = os.get_terminal_size(1)
+    return [f"TERM={os.environ.get('TERM', 'linux')}", f"LINES={size.lines}", f"COLUMNS={size.columns}"]
+
+
+def parse_seconds(text: str | None) -> float | None:
+    """A time limit in seconds; raises ConfigError."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text, re.ASCII) or float(text) == 0:
+        raise ConfigError(f'invalid time limit "{text}"', "use seconds, e.g. 10 or 0.5")
+    return float(text)
+
+
+def open_endpoint(kind: str, path: Path | None, loop: EventLoop, console: Console, machine: Machine) -> Endpoint | None:
+    """The host's end of the console, as --serial names it."""
+    config = machine.config
+
+    def command(key: Key) -> None:
+        if key is Key.QUIT:
+            machine.stop(Stop(Reason.QUIT))
+        elif key is Key.BREAK:
+            console.received_break()
+
+    if kind == "stdio":
+        return endpoint.Stdio(
+            loop,
+            console.received if config.exec is None else None,  # a command in the guest has no input
+            console.sent,
+            command,
+            at_end=END_OF_FILE
+            if config.initrd is None
+            else b"",  # ends the built-in shell; others may mean it otherwise
+        )
+    if kind == "pty":
+        pty = endpoint.Pty(loop, console.received, console.sent)
+        tell(f"kvmpy: the console is at {pty.path}")
+        return pty
+    if path is not None:
+        if kind == "file":
+            return endpoint.File(loop, path, console.sent)
+        return endpoint.UnixSocket(loop, path, console.received, console.sent)
+    return None
+
+
+def _stopper(machine: Machine) -> Any:
+    """A signal handler: before the guest runs it ends the process, afterwards it asks the machine to stop."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if not machine.started_at:
+            raise SystemExit(128 + number)
+        machine.stop(Stop(Reason.SIGNAL, signal.Signals(number).name, status=number))
+
+    return handler
+
+
+def _outcome(machine: Machine, stop: Stop, status: int) -> dict[str, Any]:
+    return {
+        "reason": stop.reason.name.lower(),
+        "detail": stop.detail,
+        "status": status,
+        "seconds": round(time.monotonic() - machine.started_at, 3),
+        "protocol": machine.entry.protocol,
+        "cmdline": machine.cmdline,
+        "init_ms": machine.boot_timer.ELAPSED / 1e6 if machine.boot_timer.ELAPSED >= 0 else None,
+        "console": machine.console.text,
+    }

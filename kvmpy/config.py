@@ -1,0 +1,95 @@
+"""What the user wants a machine to be: checked values, no file opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+
+from .core.errors import ConfigError
+from .x86 import layout
+
+UNITS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+SIZE = re.compile(r"(?P<number>[0-9]{1,18})(?P<unit>[BKMGT]?)(?:I?B)?", re.ASCII | re.IGNORECASE)
+MIN_MEMORY = layout.MIB
+MAX_CPUS = 4096  # a mistake in --cpus ends here; KVM's own limit, asked later, is often lower
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes meant by `512M`, `2G`, `4096K` or a bare number, which counts MiB; raises ConfigError."""
+    match = SIZE.fullmatch(str(text))
+    if match is None:
+        raise ConfigError(f'invalid size "{text}"', "use e.g. 512M or 2G")
+    return int(match["number"]) << UNITS[(match["unit"] or "M").upper()]
+
+
+def parse_count(text: str | int, name: str, limit: int) -> int:
+    """A whole number from 1 to `limit`; raises ConfigError that names the option."""
+    if not re.fullmatch(r"[0-9]{1,9}", str(text), re.ASCII) or not 1 <= int(text) <= limit:
+        raise ConfigError(f'invalid {name} "{text}"', f"use a whole number from 1 to {limit}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """A machine, as the user describes it. Values may be given as text, as on the command line.
+
+    kernel   path of the image; None: the newest one that is found
+    initrd   paths, concatenated in order; None: the built-in initramfs, or none where the protocol has no use for it
+    mem      RAM in bytes, or text with a unit (`512M`); a bare number in text counts MiB
+    cpus     number of vCPUs
+    cmdline  the whole kernel command line instead of the default one
+    append   words behind it
+    boot     protocol, or "auto"
+    exec     a shell command for the built-in initramfs to run instead of a shell
+    modules  kernel modules for the built-in initramfs to load
+    environment  NAME=VALUE words for the shell of the built-in initramfs
+    """
+
+    kernel: Path | None = None
+    initrd: tuple[Path, ...] | None = None
+    mem: int = 512 * layout.MIB
+    cpus: int = 1
+    cmdline: str | None = None
+    append: tuple[str, ...] = ()
+    boot: str = "auto"
+    exec: str | None = None
+    modules: tuple[str, ...] = ()
+    environment: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        kernel: str | PathLike[str] | None = None,
+        initrd: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+        mem: str | int = "512M",
+        cpus: str | int = 1,
+        cmdline: str | None = None,
+        append: str | Sequence[str] = (),
+        boot: str = "auto",
+        exec: str | None = None,
+        modules: Sequence[str] = (),
+        environment: Sequence[str] = (),
+    ) -> MachineConfig:
+        """Check and convert what a person wrote; an int for `mem` counts MiB too. Raises ConfigError."""
+        size = parse_size(mem)
+        if not MIN_MEMORY <= size <= layout.MAX_RAM:
+            raise ConfigError(f'invalid size "{mem}"', f"a machine has 1M to {layout.MAX_RAM >> 30}G of memory")
+        if size % layout.PAGE:
+            raise ConfigError(f'invalid size "{mem}"', "memory comes in whole pages of 4K")
+        if isinstance(initrd, (str, PathLike)):
+            initrd = [initrd]
+        return cls(
+            kernel=None if kernel is None else Path(fspath(kernel)),
+            initrd=None if initrd is None else tuple(Path(fspath(path)) for path in initrd),
+            mem=size,
+            cpus=parse_count(cpus, "number of CPUs", MAX_CPUS),
+            cmdline=cmdline,
+            append=(append,) if isinstance(append, str) else tuple(append),
+            boot=boot,
+            exec=exec,
+            modules=tuple(modules),
+            environment=tuple(environment),
+        )

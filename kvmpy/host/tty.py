@@ -1,0 +1,138 @@
+"""The user's terminal: raw mode that is always undone, and the keys that speak to kvmpy instead of the guest."""
+
+from __future__ import annotations
+
+import os
+import termios
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+ESCAPE = 0x01  # Ctrl-a
+
+HELP = """
+Ctrl-a x       stop the machine and quit
+Ctrl-a b       send a break (Magic SysRq in Linux)
+Ctrl-a h       show this help
+Ctrl-a Ctrl-a  send Ctrl-a
+"""
+
+
+class Key(Enum):
+    """What a key after Ctrl-a asks for."""
+
+    QUIT = ord("x")
+    BREAK = ord("b")
+    HELP = ord("h")
+
+
+class EscapeKeys:
+    """Splits typed bytes, in order, into those for the guest, which go to `send`, and commands for kvmpy."""
+
+    def __init__(self, send: Callable[[bytes], None], command: Callable[[Key], None]) -> None:
+        self._send = send
+        self._command = command
+        self._escaped = False
+
+    def feed(self, data: bytes) -> None:
+        """Pass on what was typed."""
+        out = bytearray()
+        for byte in data:
+            if not self._escaped and byte == ESCAPE:
+                self._escaped = True
+            elif not self._escaped or byte == ESCAPE:
+                out.append(byte)
+                self._escaped = False
+            else:
+                self._escaped = False
+                if out:
+                    self._send(bytes(out))
+                    out.clear()
+                self._command(Key(byte) if byte in (key.value for key in Key) else Key.HELP)
+        if out:
+            self._send(bytes(out))
+
+
+def is_ours(fd: int) -> bool:
+    """Whether a terminal is this job's to read and change, and not that of the job in the foreground."""
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:  # ENOTTY: not our controlling terminal, so there is no job control on it
+        return True
+
+
+# Saves the settings of the terminal at its descriptor {tty} and says so. Then it waits for a line, which means that all
+# is well, or for the end of its input, which is the end of kvmpy, whatever that died of: it puts the settings back.
+GUARD = """
+saved=$(stty -F /dev/fd/{tty} -g) || exit
+trap '' HUP INT TERM TTOU
+echo saved
+read -r line || stty -F /dev/fd/{tty} "$saved"
+"""
+
+
+class RawTerminal:
+    """Raw mode on `fd` between `enter` and `leave`; does nothing where `fd` is not our terminal to change.
+
+    Output processing stays on, so that lines of our own and of other programs still begin at the left. A small shell
+    stands by meanwhile that undoes it when this process is killed or crashes.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._saved: list[Any] | None = None
+        self._guard: Popen[bytes] | None = None  # that shell
+
+    def enter(self) -> bool:
+        """Whether the terminal is in raw mode now; False for no terminal, or one that another job is using."""
+        if not os.isatty(self.fd) or not is_ours(self.fd):
+            return False
+        self._post_guard()
+        self.make_raw()
+        return True
+
+    def make_raw(self) -> None:
+        """Bytes pass unchanged, one at a time, without echo or signal keys."""
+        self._saved = termios.tcgetattr(self.fd)
+        iflag, oflag, cflag, lflag, ispeed, ospeed, cc = self._saved
+        iflag &= ~(
+            termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
+            | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON
+        )  # fmt: skip
+        lflag &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
+        cflag = (cflag & ~(termios.CSIZE | termios.PARENB)) | termios.CS8
+        cc = [*cc]
+        cc[termios.VMIN], cc[termios.VTIME] = 1, 0
+        termios.tcsetattr(self.fd, termios.TCSANOW, [iflag, oflag, cflag, lflag, ispeed, ospeed, cc])
+
+    def leave(self) -> None:
+        """Put the terminal back as it was; safe to call twice, and when it has gone."""
+        if self._saved is not None:
+            saved, self._saved = self._saved, None
+            with suppress(termios.error):  # it has gone
+                termios.tcsetattr(self.fd, termios.TCSANOW, saved)
+        if self._guard is not None:
+            guard, self._guard = self._guard, None
+            guard.communicate(b"all is well\n")
+
+    def _post_guard(self) -> None:
+        import subprocess  # only people at a terminal wait for it
+
+        tty = os.dup(self.fd)
+        with suppress(OSError):  # no shell: then without
+            guard = subprocess.Popen(
+                ["sh", "-c", GUARD.format(tty=tty)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(tty,),
+                process_group=0,  # not in the foreground, so that no key signals it
+            )
+            assert guard.stdout is not None
+            guard.stdout.readline()
+            self._guard = guard
+        os.close(tty)

@@ -1,0 +1,386 @@
+"""A virtual machine put together, run, and taken apart: the only module that knows all the others."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from .boot import cmdline, initrd, kernels, loader
+from .boot.spec import BootSpec, EntryPoint, Mode
+from .config import MachineConfig
+from .console import Console, Endpoint
+from .core.board import Attachable, Reason, Stop
+from .core.errors import CannotRunKernels, ConfigError, HostError
+from .core.events import EventLoop
+from .core.log import log
+from .core.memory import GuestMemory
+from .devices.acpi_ged import AcpiGed
+from .devices.acpi_pm import AcpiPm
+from .devices.boot_timer import BootTimer
+from .devices.cmos import Cmos
+from .devices.debugcon import Debugcon
+from .devices.exit_port import ExitPort
+from .devices.i8042 import I8042
+from .devices.port92 import Port92
+from .devices.postcode import PostCodes
+from .devices.pvpanic import Pvpanic
+from .devices.reset_control import ResetControl
+from .devices.serial import Serial
+from .kvm.handle import Kvm, Vcpu
+from .kvm.probe import runs_ring0_natively
+from .kvm.state import Regs, Sregs
+from .mainboard import MainBoard
+from .vcpu import VcpuThread
+from .x86 import acpi, bios, cpuid, lapic, layout, longmode, mptable, msr
+
+JOIN_SECONDS = 1.0  # for a vCPU to come back from a device, and for the host to take the last output
+WATCH_SECONDS = 1.0  # how often a silent machine is looked at
+IDLE_SECONDS = 0.001  # of CPU time in that period: the vCPU did nothing
+MP_STATE_UNINITIALIZED, MP_STATE_HALTED = 1, 3  # KVM_MP_STATE_*
+RFLAGS_IF = 1 << 9
+PANIC = "Kernel panic - not syncing"  # how Linux announces that it is about to reset, or to stand still
+
+HALTED = "System halted"  # what it says when that was asked for
+ORDERLY = {Reason.POWEROFF, Reason.RESET, Reason.EXIT, Reason.HALT}
+
+LINUX_PROTOCOLS = ("pvh", "linux64", "decompressor")
+QUIET = ("quiet", "loglevel=1")  # with --exec, the console is for the command's output, and for panics
+
+EXIT_MARKER = re.compile(r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z")  # guests/init.c
+
+MakeEndpoint = Callable[[EventLoop, Console], Endpoint | None]
+
+
+class Machine:
+    """A KVM virtual machine: `with Machine(kernel=..., mem="512M") as vm:` boots it; leaving the block ends it.
+
+    Options are those of MachineConfig.of. Attach devices of your own with `add` before the start.
+    `endpoint` makes the host's end of the console; without one, output is only kept for `console`.
+    Raises ConfigError, ImageError, NotFoundError, HostError or KvmError, before the guest's first instruction.
+    """
+
+    def __init__(
+        self, config: MachineConfig | None = None, *, endpoint: MakeEndpoint | None = None, **options: Any
+    ) -> None:
+        self.config = config or MachineConfig.of(**options)
+        self.stopped: Stop | None = None
+        self.vcpus: list[VcpuThread] = []
+        self.entry: EntryPoint
+        self.cmdline = ""
+        self.started_at = 0.0  # time.monotonic() of the guest's first instruction
+        self._make_endpoint = endpoint
+        self._added: list[Attachable] = []
+        self._stops: deque[Stop] = deque()  # requests, the first one counts; a deque, since signal handlers append
+        self._stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._undo = ExitStack()
+        self._undo.callback(self._close_stop_event)
+        self.loop = EventLoop("io", self._loop_failed)
+        self._undo.callback(self.loop.stop)
+        self._console_loop = EventLoop("console", self._loop_failed)
+        self.console = Console(self._console_loop)
+        self._undo.callback(self.console.detach)  # when the loop no longer runs: callbacks go in reverse
+        self._undo.callback(self._console_loop.stop)
+
+    # Life.
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add(self, device: Attachable) -> None:
+        """Attach a device; one that is attached while the machine runs cannot add to the kernel command line."""
+        if self.vcpus:
+            with self.paused():
+                device.attach(self.board)
+        else:
+            self._added.append(device)
+
+    def start(self) -> None:
+        """Build the machine and let it run."""
+        try:
+            image = loader.read_image(self.config.kernel or kernels.find_kernel())
+            linux = loader.plan(image, self.config.boot).protocol in LINUX_PROTOCOLS
+            self._create_vm()
+            if linux and not runs_ring0_natively(self.kvm):
+                raise CannotRunKernels()
+            self._create_devices()
+            self._create_vcpus()
+            self._load(image, linux)
+            self.loop.start()
+            self._console_loop.start()
+            self.started_at = time.monotonic()
+            self.boot_timer.start = self.post_codes.start = time.monotonic_ns()
+            for vcpu in self.vcpus:
+                vcpu.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def stop(self, why: Stop) -> None:
+        """Ask the machine to stop; any thread and any signal handler may, and the call returns at once."""
+        self._stops.append(why)
+        if self._stop_event >= 0:
+            os.eventfd_write(self._stop_event, 1)
+
+    def wait(self, timeout: float | None = None) -> Stop:
+        """Until the machine stops, for at most `timeout` seconds; then all vCPUs stand still for good."""
+        if self.stopped is None:
+            deadline = None if timeout is None else time.monotonic() + timeout
+            self._await_request(deadline)
+            for vcpu in self.vcpus:
+                vcpu.end()
+            for vcpu in self.vcpus:
+                vcpu.join(JOIN_SECONDS)
+            self._flush_console(deadline)
+            self.stopped = self._verdict(self._stops[0])
+            self.console.finish(str(self.stopped))
+        return self.stopped
+
+    def run(self, timeout: float | None = None) -> Stop:
+        """Start, wait, and say why it stopped."""
+        self.start()
+        return self.wait(timeout)
+
+    def close(self) -> None:
+        """End everything and give back what the host lent; safe to call twice."""
+        if self.vcpus and self.stopped is None:
+            self.stop(Stop(Reason.QUIT))
+            self.wait()
+        self._undo.close()
+
+    # While it runs.
+
+    @contextmanager
+    def paused(self) -> Iterator[list[Vcpu]]:
+        """All vCPUs standing still. Not to be used by a device on behalf of the guest: it would wait for itself."""
+        self.pause()
+        try:
+            yield [thread.vcpu for thread in self.vcpus]
+        finally:
+            self.resume()
+
+    def pause(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.pause()
+        for vcpu in self.vcpus:
+            vcpu.wait_paused()
+
+    def resume(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.resume()
+
+    def regs(self, cpu: int = 0) -> Regs:
+        """The general registers of a vCPU, which stands still for a moment."""
+        with self.vcpus[cpu].paused() as vcpu:
+            return vcpu.regs()
+
+    def sregs(self, cpu: int = 0) -> Sregs:
+        """The segment and control registers of a vCPU."""
+        with self.vcpus[cpu].paused() as vcpu:
+            return vcpu.sregs()
+
+    def power_button(self) -> None:
+        """Press it; a guest with ACPI shuts itself down."""
+        self.loop.call_soon(self.acpi_ged.press_power_button, owner=self.acpi_ged)
+
+    def wait_for_console(self, pattern: str, timeout: float = 60.0) -> str:
+        """Wait for output that matches a regular expression; raises ConsoleTimeout."""
+        return self.console.wait_for(pattern, timeout)
+
+    # The steps of `start`.
+
+    def _create_vm(self) -> None:
+        """KVM, its fixed pages and controllers, and the guest's RAM."""
+        self.kvm = Kvm()
+        self._undo.callback(self.kvm.close)
+        self.kvm.require()
+        cpuid.check_cpus(self.config.cpus)
+        limit = cpu_limit(self.kvm)
+        if self.config.cpus > limit:
+            raise ConfigError(
+                f"{self.config.cpus} CPUs are more than this host's KVM takes", f"use --cpus {limit} or less"
+            )
+        _check_memory(self.config.mem)
+        self.memory = GuestMemory.allocate(layout.ram(self.config.mem))
+        self._undo.callback(self.memory.close)
+        self.vm = self.kvm.create_vm()
+        self._undo.callback(self.vm.close)
+        self.vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
+        self.vm.set_tss_addr(layout.KVM_TSS)
+        self.vm.create_irqchip()
+        self.vm.mask_pics()
+        self.vm.create_pit()
+        for slot, region in enumerate(self.memory.regions):
+            self.vm.set_memory(slot, region.gpa, region.buf)
+
+    def _create_devices(self) -> None:
+        """The board, the platform's devices and the user's."""
+        self.board = MainBoard(self.vm, self.memory, self.loop, self.stop)
+        self.serial = Serial(self.console, layout.PORT_COM1, layout.IRQ_COM1)
+        self.acpi_ged = AcpiGed(layout.PORT_GED, layout.IRQ_GED)
+        self.boot_timer = BootTimer(layout.BOOT_TIMER)
+        self.post_codes = PostCodes(layout.PORT_POST)
+        debug_ports = [Debugcon(self.console, port) for port in (layout.PORT_BOCHS, layout.PORT_DEBUGCON)]
+        self.console.connect(self.serial, debug_ports)
+        self.serial.on_room = self.console.room
+        if self._make_endpoint is not None:
+            self.console.attach(self._make_endpoint(self._console_loop, self.console))
+        devices: list[Attachable] = [
+            self.serial,
+            self.acpi_ged,
+            self.boot_timer,
+            self.post_codes,
+            *debug_ports,
+            AcpiPm(layout.PORT_ACPI_PM),
+            Cmos(layout.PORT_CMOS),
+            ExitPort(layout.PORT_EXIT),
+            I8042(layout.PORT_I8042, layout.IRQ_I8042),
+            Port92(layout.PORT_92),
+            Pvpanic(layout.PORT_PVPANIC),
+            ResetControl(layout.PORT_RESET_CONTROL),
+        ]
+        for device in [*devices, *self._added]:
+            device.attach(self.board)
+
+    def _create_vcpus(self) -> None:
+        """All vCPUs with their CPUID and MSRs; the first one will start, the others wait for its call."""
+        supported = self.kvm.supported_cpuid()
+        tsc_deadline = bool(self.kvm.check("KVM_CAP_TSC_DEADLINE_TIMER"))
+        for apic_id in range(self.config.cpus):
+            vcpu = self.vm.create_vcpu(apic_id)
+            self._undo.callback(vcpu.close)
+            vcpu.set_cpuid(
+                cpuid.for_vcpu(supported, apic_id, self.config.cpus, tsc_khz=vcpu.tsc_khz(), tsc_deadline=tsc_deadline)
+            )
+            vcpu.set_msrs(msr.BOOT)
+            vcpu.set_lapic(lapic.virtual_wire(vcpu.lapic(), boot_cpu=apic_id == 0))
+            self.vcpus.append(VcpuThread(vcpu, self.board.ports, self.board.memory_bus, self.stop))
+
+    def _load(self, image: loader.KernelImage, linux: bool) -> None:
+        """Tables and kernel into memory, the first vCPU to the kernel's entry."""
+        apic_ids = range(self.config.cpus)
+        self.console.patient = linux
+        quiet = QUIET if self.config.exec is not None else ()
+        self.cmdline = cmdline.compose(
+            self.config.cmdline if linux else self.config.cmdline or "",
+            self.config.append,
+            [*self.board.words, *self.config.environment, *quiet] if linux else (),
+        )
+        spec = BootSpec(
+            ram_size=self.config.mem,
+            e820=layout.e820(self.config.mem),
+            cmdline=self.cmdline,
+            initrd=self._initrd(image, linux),
+            rsdp=acpi.write(self.memory, apic_ids),
+        )
+        mptable.write(self.memory, apic_ids)
+        bios.write(self.memory)
+        self.entry = loader.load(image, self.memory, spec, self.config.boot)
+        log.info("boot", kernel=image.path, protocol=self.entry.protocol, why=self.entry.why)
+        log.info("command line", words=self.cmdline)
+        vcpu = self.vcpus[0].vcpu
+        sregs = vcpu.sregs()
+        if self.entry.mode is Mode.REAL:
+            longmode.real_mode(sregs)
+        elif self.entry.mode is Mode.PROTECTED:
+            longmode.protected_mode(sregs, self.memory)
+        else:
+            longmode.long_mode(sregs, self.memory)
+        vcpu.set_sregs(sregs)
+        vcpu.set_regs(Regs(rip=self.entry.rip, **self.entry.registers))
+
+    def _initrd(self, image: loader.KernelImage, linux: bool) -> bytes:
+        if self.config.exec is not None and (self.config.initrd is not None or not linux):
+            raise ConfigError("--exec needs Linux and the built-in initramfs", "leave --initrd out, or --exec")
+        if self.config.initrd is not None:
+            return initrd.read(self.config.initrd, self.config.mem)
+        if not linux:
+            return b""
+        from .boot import initramfs  # not needed by those who bring their own
+
+        modules_dir = kernels.modules_dir_for(Path(image.path)) if self.config.modules else None
+        return initramfs.build(exec=self.config.exec, modules=self.config.modules, modules_dir=modules_dir)
+
+    # Endings.
+
+    def _await_request(self, deadline: float | None) -> None:
+        """Until somebody asked for a stop; asks itself at the deadline, or when all vCPUs are halted for good."""
+        poll = select.poll()
+        poll.register(self._stop_event, select.POLLIN)
+        used = 0.0
+        while not self._stops:
+            left = WATCH_SECONDS if deadline is None else min(WATCH_SECONDS, deadline - time.monotonic())
+            if left <= 0:
+                self.stop(Stop(Reason.TIMEOUT))
+            elif not poll.poll(left * 1000):
+                used, before = sum(vcpu.cpu_seconds() for vcpu in self.vcpus), used
+                if used - before < IDLE_SECONDS and all(_halted_for_good(vcpu) for vcpu in self.vcpus):
+                    self.stop(Stop(Reason.HALT))
+
+    def _flush_console(self, deadline: float | None) -> None:
+        """Let the host take the last output: a slow reader gets all the time it needs after an orderly end, unless
+        somebody asks for a stop again; else it gets a moment."""
+        asked = len(self._stops)
+        orderly = self._stops[0].reason in ORDERLY
+        while not self.console.flush(JOIN_SECONDS):
+            late = deadline is not None and time.monotonic() > deadline
+            if not orderly or late or len(self._stops) > asked:
+                return
+
+    def _verdict(self, stop: Stop) -> Stop:
+        """What the request means: a reset right after a panic message is a panic; a power-off right after a status on
+        the console, which init writes where it may not use ports, gives that status; Linux does not halt unasked."""
+        if stop.reason is Reason.POWEROFF and self.config.exec is not None:
+            marker = EXIT_MARKER.search(self.console.text)
+            if marker:
+                return Stop(Reason.EXIT, f"status {marker[1]}", status=int(marker[1]))
+        text = self.console.text
+        if stop.reason in (Reason.RESET, Reason.HALT) and PANIC in text:
+            line = text[text.rindex(PANIC) :].splitlines()[0]
+            return Stop(Reason.PANIC, line.removeprefix(PANIC).lstrip(": "))
+        if stop.reason is Reason.HALT and self.entry.protocol in LINUX_PROTOCOLS and HALTED not in text:
+            return Stop(Reason.CRASH, "the kernel gave up: every CPU is halted with interrupts off")
+        return stop
+
+    def _close_stop_event(self) -> None:
+        event, self._stop_event = self._stop_event, -1
+        os.close(event)
+
+    def _loop_failed(self, error: BaseException) -> None:
+        self.stop(Stop(Reason.ERROR, f"{type(error).__name__} in a device: {error}", cause=error))
+
+
+def cpu_limit(kvm: Kvm) -> int:
+    """How many vCPUs a machine can have on this host."""
+    return min(kvm.check("KVM_CAP_MAX_VCPUS"), kvm.check("KVM_CAP_MAX_VCPU_ID"))
+
+
+def _halted_for_good(thread: VcpuThread) -> bool:
+    """Whether the vCPU waits in HLT with interrupts off, or was never started: nothing inside the guest can wake it."""
+    with thread.paused() as vcpu:
+        state = vcpu.mp_state()
+        if state == MP_STATE_UNINITIALIZED:
+            return True
+        return state == MP_STATE_HALTED and not vcpu.regs().rflags & RFLAGS_IF
+
+
+def _check_memory(size: int) -> None:
+    """Refuse RAM that the host cannot have: the kernel's OOM killer gives no error message."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > host:
+        raise HostError(
+            f"{size >> 20} MiB of memory are more than the {host >> 20} MiB of this host", "use less with --mem"
+        )
