@@ -1,0 +1,55 @@
+"""The ladder: `kvm` (the device), `vm` (a VM on recording buses, empty), then `vm.load`, `vm.start`, `vm.run`."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from rig import GUESTS, Rig, emulates_kernel_code
+
+from kvmpy.kvm.handle import Kvm
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guests() -> None:
+    """The tiny guests, built from their sources."""
+    subprocess.run(["make", "-s", "-C", str(GUESTS), "tiny"], check=True)
+
+
+@pytest.fixture
+def kvm() -> Iterator[Kvm]:
+    """/dev/kvm."""
+    kvm = Kvm()
+    yield kvm
+    kvm.close()
+
+
+@pytest.fixture
+def vm() -> Iterator[Rig]:
+    """A VM with in-kernel interrupt controllers."""
+    rig = Rig()
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def bare_vm() -> Iterator[Rig]:
+    """A VM without interrupt controllers."""
+    rig = Rig(irqchip=False)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def emulating_kvm() -> None:
+    """A host whose KVM emulates what a guest does in ring 0."""
+    if not emulates_kernel_code():
+        pytest.skip("this host's KVM runs guests on the processor, which knows all instructions")
+
+
+@pytest.fixture
+def hardware_kvm() -> None:
+    """A host with VT-x or AMD-V below its KVM."""
+    if emulates_kernel_code():
+        pytest.skip("this host's KVM emulates ring 0, for want of VT-x or AMD-V")

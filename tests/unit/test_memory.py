@@ -1,0 +1,182 @@
+"""Guest addresses reach RAM, all of the access or nothing."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from kvmpy.core.errors import GuestMemoryError, HostError
+from kvmpy.core.memory import GuestMemory, Region
+
+PAGE = mmap.PAGESIZE
+LOW, HIGH = 0x1000, 1 << 32
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture
+def mem() -> GuestMemory:
+    """16 bytes at LOW and 32 at HIGH, given in the wrong order."""
+    return GuestMemory([Region(HIGH, memoryview(bytearray(32))), Region(LOW, memoryview(bytearray(16)))])
+
+
+def test_write_and_read(mem: GuestMemory) -> None:
+    mem.write(LOW + 3, b"abc")
+    mem.write(HIGH + 29, memoryview(b"xyz"))
+
+    assert mem.read(LOW, 16) == b"\0\0\0abc" + bytes(10)
+    assert mem.read(HIGH + 28, 4) == b"\0xyz"
+
+
+def test_read_is_a_copy_and_window_is_not(mem: GuestMemory) -> None:
+    copy, window = mem.read(LOW, 4), mem.window(LOW, 4)
+
+    mem.write(LOW, b"new!")
+
+    assert copy == bytes(4)
+    assert window == b"new!"
+
+
+def test_a_window_writes_through(mem: GuestMemory) -> None:
+    mem.window(HIGH, 4)[:] = b"abcd"
+
+    assert mem.read(HIGH, 4) == b"abcd"
+
+
+OUTSIDE = [
+    (0, 1),
+    (LOW - 1, 1),
+    (LOW - 1, 2),
+    (LOW, 17),
+    (LOW + 15, 2),
+    (LOW + 16, 1),
+    (LOW, HIGH - LOW + 1),
+    (HIGH + 32, 1),
+    (HIGH, 1 << 64),
+    ((1 << 64) - 4, 8),
+    (-1, 1),
+    (-LOW, 1),
+    (LOW, -1),
+    (LOW + 8, -8),
+    (LOW + 17, 0),
+]
+
+
+@pytest.mark.parametrize(("gpa", "size"), OUTSIDE)
+def test_window_refuses_what_is_not_ram(mem: GuestMemory, gpa: int, size: int) -> None:
+    with pytest.raises(GuestMemoryError, match=f"{gpa:#x}"):
+        mem.window(gpa, size)
+
+
+@pytest.mark.parametrize("gpa", [LOW - 1, LOW + 14, LOW + 16, HIGH + 30, -3])
+def test_write_outside_changes_nothing(mem: GuestMemory, gpa: int) -> None:
+    with pytest.raises(GuestMemoryError):
+        mem.write(gpa, b"abc")
+
+    assert mem.read(LOW, 16) == bytes(16)
+    assert mem.read(HIGH, 32) == bytes(32)
+
+
+def test_nothing_at_the_end_of_ram_is_still_ram(mem: GuestMemory) -> None:
+    assert mem.read(LOW + 16, 0) == b""
+
+
+def test_without_regions_everything_is_refused() -> None:
+    with pytest.raises(GuestMemoryError):
+        GuestMemory([]).read(0, 1)
+
+
+def test_overlapping_regions_are_refused() -> None:
+    with pytest.raises(ValueError, match="overlap at 0x1f"):
+        GuestMemory([Region(0x1F, memoryview(bytearray(4))), Region(0, memoryview(bytearray(32)))])
+
+
+def test_touching_regions_are_fine_and_no_window_spans_them() -> None:
+    mem = GuestMemory([Region(0, memoryview(bytearray(16))), Region(16, memoryview(bytearray(16)))])
+
+    with pytest.raises(GuestMemoryError):
+        mem.window(8, 16)
+
+
+# memfd
+
+
+def test_allocated_memory_is_one_memfd_in_the_order_given() -> None:
+    mem = GuestMemory.allocate(iter([(0, 2 * PAGE), (HIGH, PAGE)]))
+    mem.write(PAGE, b"low")
+    mem.write(HIGH, b"high")
+
+    in_file = [os.pread(mem.fd, 4, PAGE), os.pread(mem.fd, 4, 2 * PAGE)]
+    offsets = [region.offset for region in mem.regions]
+    size = os.fstat(mem.fd).st_size
+    mem.close()
+
+    assert in_file == [b"low\0", b"high"]
+    assert (offsets, size) == ([0, 2 * PAGE], 3 * PAGE)
+
+
+def test_allocated_memory_is_lazy() -> None:
+    mem = GuestMemory.allocate([(0, 1 << 36)])
+
+    mem.write((1 << 36) - 4, b"last")
+    blocks = os.fstat(mem.fd).st_blocks * 512
+    last = mem.read((1 << 36) - 4, 4)
+    mem.close()
+
+    assert last == b"last"
+    assert blocks <= 4 << 20  # a huge page at most
+
+
+def test_close_gives_the_descriptor_back_and_is_idempotent() -> None:
+    mem = GuestMemory.allocate([(0, PAGE)])
+    fd = mem.fd
+
+    mem.close()
+    mem.close()
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    with pytest.raises(GuestMemoryError):
+        mem.read(0, 1)
+
+
+def test_close_waits_for_windows() -> None:
+    mem = GuestMemory.allocate([(0, PAGE)])
+    window = mem.window(0, 16)
+
+    with pytest.raises(BufferError):
+        mem.close()
+
+    window.release()
+    mem.close()
+    assert mem.fd == -1
+
+
+@pytest.mark.parametrize("ranges", [[(0, 0)], [(0, PAGE), (HIGH, 0)], [(0, -PAGE)], [(0, PAGE + 1)], [(0, 100)]])
+def test_allocate_takes_whole_pages_only(ranges: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="whole pages"):
+        GuestMemory.allocate(ranges)
+
+
+@pytest.mark.parametrize("size", [1 << 62, 1 << 63, 1 << 70])
+def test_more_than_the_host_can_map_is_one_clear_line(size: int) -> None:
+    before = open_descriptors()
+
+    with pytest.raises(HostError, match=r"cannot map .* MiB of guest RAM: .*; give less with --mem"):
+        GuestMemory.allocate([(0, size)])
+
+    assert open_descriptors() == before
+
+
+def test_refused_layout_leaks_no_descriptor() -> None:
+    before = open_descriptors()
+
+    with pytest.raises(ValueError, match="overlap"):
+        GuestMemory.allocate([(0, 2 * PAGE), (PAGE, PAGE)])
+
+    assert open_descriptors() == before
