@@ -136,8 +136,8 @@ class VcpuThread:
 
     def _loop(self) -> None:
         fd, page, run, index = self.vcpu.fd, self.vcpu.page, self.vcpu.runner(), self.vcpu.index
-        unpack_io, unpack_mmio, recent = exits.IO.unpack_from, exits.MMIO.unpack_from, self.recent.append
-        ports, mmio = self._ports, self._mmio
+        unpack_io, unpack_mmio, put_data = exits.IO.unpack_from, exits.MMIO.unpack_from, exits.DATA.pack_into
+        ports, mmio, recent = self._ports, self._mmio, self.recent.append
         EXIT_IO, EXIT_MMIO, UNION, MMIO_DATA = exits.EXIT_IO, exits.EXIT_MMIO, exits.UNION, exits.MMIO_DATA
         while True:
             result = run(fd)
@@ -152,6 +152,12 @@ class VcpuThread:
             reason, is_out, size, port, count, at = fields
             if reason == EXIT_IO:
                 recent(fields)
+                if size == count == 1:  # nearly all of them
+                    if is_out:
+                        ports.write(port, 1, page[at])
+                    else:
+                        page[at] = ports.read(port, 1)
+                    continue
                 for here in range(at, at + size * count, size):  # string instructions bring up to a page of elements
                     if is_out:
                         ports.write(port, size, int.from_bytes(page[here : here + size], "little"))
@@ -163,7 +169,7 @@ class VcpuThread:
                 if is_write:
                     mmio.write(address, length, data & ((1 << 8 * length) - 1))
                 else:
-                    page[MMIO_DATA : MMIO_DATA + length] = mmio.read(address, length).to_bytes(length, "little")
+                    put_data(page, MMIO_DATA, mmio.read(address, length))
             elif reason == exits.EXIT_INTR:
                 if not self._attend():
                     return

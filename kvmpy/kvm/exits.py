@@ -13,6 +13,7 @@ from .._kvm_ioctls import lib
 IO: Final = struct.Struct("<8xI20xBBHIQ")
 # ... and for KVM_EXIT_MMIO: phys_addr, data (as a number), len, is_write.
 MMIO: Final = struct.Struct("<QQIB")
+DATA: Final = struct.Struct("<Q")  # the data alone, as it is answered
 UNION: Final = 32  # offset of the union that holds all but the common head
 MMIO_DATA: Final = UNION + 8
 IMMEDIATE_EXIT: Final = 1  # offset of the byte that makes the next KVM_RUN return at once
