@@ -17,6 +17,7 @@ TAIL = 1 << 20  # bytes of output that are kept for wait_for and for reports
 OUTPUT_LIMIT = 1 << 18  # bytes under way to the host; beyond, the UART says it is busy and the guest waits
 BREAK = 0x100  # in the queue of input bytes: a break condition
 INPUT_LIMIT = 4096  # bytes under way to the guest; beyond, the endpoint is left unread
+INPUT_CHUNK = 16  # bytes offered to the UART at a time: what its FIFO holds
 
 
 class ConsoleTimeout(KvmpyError, TimeoutError):
@@ -197,7 +198,7 @@ class Console:
     def _feed(self) -> None:
         uart = self._uart
         while uart is not None and self._input and (uart.listening or not self.patient):
-            data = bytes(itertools.takewhile(lambda byte: byte != BREAK, itertools.islice(self._input, INPUT_LIMIT)))
+            data = bytes(itertools.takewhile(lambda byte: byte != BREAK, itertools.islice(self._input, INPUT_CHUNK)))
             with uart.lock:
                 if data:
                     taken = uart.receive(data)

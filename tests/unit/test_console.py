@@ -14,18 +14,19 @@ SECONDS = 30.0
 
 
 class FakeUart:
-    """Takes input in bites, as a FIFO does, when it listens."""
+    """Takes input while it has room for it, as a FIFO does."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.listening = True
-        self.bite = 16
+        self.room = 1 << 20
         self.got = bytearray()
         self.drains = 0
         self.more = threading.Event()
 
     def receive(self, data: bytes) -> int:
-        taken = data[: self.bite]
+        taken = data[: self.room]
+        self.room -= len(taken)
         self.got += taken
         self.more.set()
         return len(taken)
@@ -140,9 +141,11 @@ def test_a_slow_host_stops_the_uart_without_losing_a_byte(console: Console, loop
 
 
 def test_input_goes_in_bites_as_the_uart_takes_it(console: Console, loop: EventLoop, uart: FakeUart) -> None:
+    uart.room = 16
     console.send("0123456789abcdefXYZ")
     settle(loop)
     first = bytes(uart.got)
+    uart.room = 16
     console.room()
     settle(loop)
 
@@ -167,12 +170,12 @@ def test_input_waits_for_a_driver(console: Console, loop: EventLoop, uart: FakeU
 def test_a_deaf_guest_leaves_input_with_the_host(console: Console, loop: EventLoop, uart: FakeUart) -> None:
     endpoint = SlowEndpoint()
     console.attach(endpoint)
-    uart.bite = 0
+    uart.room = 0
 
     loop.call_soon(lambda: console.received(b"x" * INPUT_LIMIT))
     settle(loop)
     full = endpoint.state
-    uart.bite = 16
+    uart.room = 16
     console.room()
     settle(loop)
 
