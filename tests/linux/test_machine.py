@@ -99,7 +99,7 @@ def test_pausing_often_harms_nothing(vm: kvmpy.Machine) -> None:
 
 def test_power_button(vm: kvmpy.Machine) -> None:
     """It arrives as the key event KEY_POWER (116)."""
-    event = "dd bs=24 count=1 <&3 2>/dev/null | od -An -v -tu2 -w2 | tail -n 4"  # struct input_event: the time, then these
+    event = "dd bs=24 count=1 <&3 2>/dev/null | od -An -v -tu2 -w2 | tail -n 4"  # struct input_event, without its time
     vm.console.send(f"exec 3</dev/input/event0; echo open-$((6*7)); {event}\n")
     vm.wait_for_console("open-42", LIMIT)
 
