@@ -229,6 +229,7 @@ class Machine:
     def _create_devices(self) -> None:
         """The board, the platform's devices and the user's."""
         self.board = MainBoard(self.vm, self.memory, self.loop, self.stop)
+        self._undo.callback(self.board.close)
         self.serial = Serial(self.console, layout.PORT_COM1, layout.IRQ_COM1)
         self.acpi_ged = AcpiGed(layout.PORT_GED, layout.IRQ_GED)
         self.boot_timer = BootTimer(layout.BOOT_TIMER)
@@ -284,7 +285,7 @@ class Machine:
             e820=layout.e820(self.config.mem),
             cmdline=self.cmdline,
             initrd=self._initrd(image, linux),
-            rsdp=acpi.write(self.memory, apic_ids),
+            rsdp=acpi.write(self.memory, apic_ids, self.board.virtio_resources()),
         )
         mptable.write(self.memory, apic_ids)
         bios.write(self.memory)

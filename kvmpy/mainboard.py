@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 from .core.board import Stop
 from .core.bus import Bus, BusDevice
@@ -13,7 +16,11 @@ from .core.log import LEVELS, log
 from .core.memory import GuestMemory
 from .kvm.handle import Vm
 from .kvm.irq import GsiLine
+from .virtio.device import VirtioDevice
+from .virtio.mmio import SIZE, VirtioMmio
 from .x86 import layout
+
+SPARE_GSIS = 4  # left for devices that have a line of their own
 
 
 class MainBoard:
@@ -28,8 +35,10 @@ class MainBoard:
         self._vm = vm
         self._stop = stop
         self._lines: dict[int, GsiLine] = {}
-        self._free_gsis: Iterator[int] = (gsi for gsi in layout.IRQ_DEVICES if gsi not in layout.IRQ_TAKEN)
+        self._free_gsis = [gsi for gsi in layout.IRQ_DEVICES if gsi not in layout.IRQ_TAKEN]
         self._next_mmio = layout.MMIO_DEVICES
+        self.virtio_mmio: list[tuple[VirtioMmio, int]] = []  # and the interrupt of each
+        self._doorbells: list[int] = []
 
     def pio(self, base: int, size: int, device: BusDevice) -> None:
         self.ports.add(base, size, device)
@@ -49,12 +58,46 @@ class MainBoard:
 
     def irq(self, gsi: int | None = None) -> IrqLine:
         if gsi is None:
-            gsi = next(self._free_gsis, None)
-            if gsi is None:
+            if not self._free_gsis:
                 raise ConfigError("no free interrupt line", "attach fewer devices, or let some share a line by number")
+            gsi = self._free_gsis.pop(0)
         if gsi not in self._lines:
             self._lines[gsi] = GsiLine(self._vm, gsi)
         return self._lines[gsi]
+
+    def doorbell(self, address: int, size: int, value: int, ring: Callable[[], None], owner: BusDevice) -> None:
+        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._doorbells.append(bell)
+        self._vm.ioeventfd(bell, address, size, match=value)
+        self.loop.add(bell, partial(_rung, bell, ring), owner=owner)
+
+    def virtio(self, device: VirtioDevice) -> None:
+        gsi = self._edge_gsi()
+        self.virtio_mmio.append((VirtioMmio(device, self, self.irq(gsi)), gsi))
+
+    def virtio_resources(self) -> list[tuple[int, int, int]]:
+        """(base, bytes, gsi) of each virtio-mmio device, in the order in which they were attached."""
+        return [(transport.base, SIZE, gsi) for transport, gsi in self.virtio_mmio]
+
+    def _edge_gsi(self) -> int:
+        """A line for a device that only makes edges: these can share one, since the guest asks all of its devices
+        after each edge. The last free lines are left to devices that cannot."""
+        if len(self._free_gsis) > SPARE_GSIS:
+            return self._free_gsis.pop(0)
+        used = [gsi for _, gsi in self.virtio_mmio]
+        return min(used, key=used.count)
+
+    def close(self) -> None:
+        """Let go of guest memory and of what stands in the host for lines and doorbells."""
+        for transport, _ in self.virtio_mmio:
+            with transport.lock:
+                transport.core.reset()
+        for bell in self._doorbells:
+            self.loop.remove(bell)
+            os.close(bell)
+        for line in self._lines.values():
+            line.close()
+        self._doorbells, self._lines = [], {}
 
     def cmdline(self, *words: str) -> None:
         self.words += words
@@ -64,6 +107,12 @@ class MainBoard:
 
     def log(self, event: str, **fields: object) -> None:
         log.warning(event, **fields)
+
+
+def _rung(bell: int, ring: Callable[[], None]) -> None:
+    with suppress(BlockingIOError):  # a callback of the same turn has closed and made descriptors
+        os.eventfd_read(bell)
+    ring()
 
 
 def _unmapped(space: str, address: int, size: int, value: int | None) -> None:

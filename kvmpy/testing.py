@@ -1,4 +1,4 @@
-"""Fakes of the machine for tests of devices, your own included: no KVM, no threads, nothing to wait for.
+"""Fakes of the machine and of a virtio driver for tests of devices, your own included: no KVM, nothing to wait for.
 
     board = FakeBoard()
     serial = Serial(sink := ByteSink(), port=0x3F8, gsi=4)
@@ -8,17 +8,29 @@
     assert board.lines[4].level == 0              # an IrqRecorder
 
 What a device does on the event loop runs when the test says so: `board.steps.turn()`, see StepLoop.
+
+    Rng().attach(board)
+    driver = RingDriver(board)
+    driver.start()
+    request = driver.submit(0, writable=[16])
+    driver.kick(0)                                # and what follows on the event loop
+    assert driver.used(0) == [(request, 16)]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .core.board import Board, Stop
 from .core.bus import Bus, BusDevice
 from .core.events import READ, EventLoop
 from .core.memory import GuestMemory, Region
+from .virtio.device import VirtioDevice
+from .virtio.mmio import CONFIG, VirtioMmio
+from .virtio.queue import DESC, DESC_F
+from .virtio.spec import INTERRUPT, STATUS, F
 
 MMIO_BASE = 0xD000_0000  # where FakeBoard.mmio begins
 FREE_GSIS = 16  # where FakeBoard.irq begins
@@ -121,6 +133,7 @@ class FakeBoard:
         self.words: list[str] = []
         self.stops: list[Stop] = []
         self.logs: list[tuple[str, dict[str, object]]] = []
+        self.transports: list[VirtioMmio] = []
         self._next_mmio = MMIO_BASE
         self._next_gsi = FREE_GSIS
 
@@ -140,6 +153,12 @@ class FakeBoard:
             self._next_gsi += 1
         return self.lines.setdefault(gsi, IrqRecorder())
 
+    def doorbell(self, address: int, size: int, value: int, ring: Callable[[], None], owner: BusDevice) -> None:
+        """None: the write reaches the device."""
+
+    def virtio(self, device: VirtioDevice) -> None:
+        self.transports.append(VirtioMmio(device, self, self.irq()))
+
     def cmdline(self, *words: str) -> None:
         self.words += words
 
@@ -148,6 +167,160 @@ class FakeBoard:
 
     def log(self, event: str, **fields: object) -> None:
         self.logs.append((event, fields))
+
+
+class RingDriver:
+    """The guest's half of a virtio device on a FakeBoard: speaks to the registers of transport `number` and builds
+    split rings in the board's RAM, from `free` on. Descriptors are handed out round robin: keep fewer under way than
+    the queue has.
+    """
+
+    def __init__(self, board: FakeBoard, number: int = 0, free: int = 0x10000) -> None:
+        self.board = board
+        self.transport = board.transports[number]
+        self.base = self.transport.base
+        self.features = 0
+        self.queues: list[_Ring] = []
+        self._free = free
+
+    # Registers.
+
+    def get(self, register: str, size: int = 4) -> int:
+        return self.board.memory_bus.read(self.base + self._offset(register), size)
+
+    def set(self, register: str, value: int) -> None:
+        self.board.memory_bus.write(self.base + self._offset(register), 4, value)
+
+    def config(self, offset: int, size: int) -> int:
+        return self.board.memory_bus.read(self.base + CONFIG + offset, size)
+
+    def start(self, features: int = F.VERSION_1, sizes: Sequence[int] | None = None) -> None:
+        """Reset, agree on `features`, set up the queues (of `sizes` entries, else as large as they may be), go."""
+        self.set("Status", 0)
+        self.set("Status", STATUS.ACKNOWLEDGE | STATUS.DRIVER)
+        self.accept(features)
+        assert self.get("Status") & STATUS.FEATURES_OK, "the device does not take these features"
+        self.queues = []
+        for index in range(len(self.transport.core.queues)):
+            self.set("QueueSel", index)
+            self.add_queue(sizes[index] if sizes else self.get("QueueNumMax"))
+        self.set("Status", self.get("Status") | STATUS.DRIVER_OK)
+        self.board.steps.turn()
+
+    def accept(self, features: int) -> None:
+        self.features = features
+        for half in (0, 1):
+            self.set("DriverFeaturesSel", half)
+            self.set("DriverFeatures", features >> 32 * half & 0xFFFFFFFF)
+        self.set("Status", self.get("Status") | STATUS.FEATURES_OK)
+
+    def add_queue(self, size: int) -> None:
+        """Rings for the queue that QueueSel names."""
+        ring = _Ring(size, self.allocate(16 * size, 16), self.allocate(6 + 2 * size, 2), self.allocate(6 + 8 * size, 4))
+        self.queues.append(ring)
+        self.set("QueueNum", size)
+        for name, address in (("Desc", ring.desc), ("Driver", ring.avail), ("Device", ring.used)):
+            self.set(f"Queue{name}Low", address & 0xFFFFFFFF)
+            self.set(f"Queue{name}High", address >> 32)
+        self.set("QueueReady", 1)
+
+    # Requests.
+
+    def submit(
+        self, index: int, readable: Sequence[bytes] = (), writable: Sequence[int] = (), *, indirect: bool = False
+    ) -> int:
+        """Make a chain available: copies of `readable`, then room of the `writable` sizes. Returns its head."""
+        ring = self.queues[index]
+        buffers = [(self._place(data), len(data), 0) for data in readable]
+        buffers += [(self.allocate(size, 1), size, int(DESC_F.WRITE)) for size in writable]
+        table, first, count = ring.desc, ring.next_desc, ring.size
+        if indirect:
+            table, first, count = self.allocate(16 * len(buffers), 16), 0, len(buffers)
+        for n, (address, size, flags) in enumerate(buffers):
+            following = (first + n + 1) % count
+            flags |= DESC_F.NEXT if n + 1 < len(buffers) else 0
+            self.descriptor(table, (first + n) % count, address, size, flags, following)
+        head = ring.next_desc
+        if indirect:
+            self.descriptor(ring.desc, head, table, 16 * len(buffers), DESC_F.INDIRECT, 0)
+        ring.next_desc = (head + (1 if indirect else len(buffers))) % ring.size
+        ring.buffers[head] = [(address, size) for address, size, flags in buffers if flags & DESC_F.WRITE]
+        self.publish(index, head)
+        return head
+
+    def descriptor(self, table: int, n: int, address: int, size: int, flags: int, following: int) -> None:
+        self.board.mem.write(table + 16 * n, DESC.pack(address, size, flags, following))
+
+    def publish(self, index: int, head: int) -> None:
+        """Put `head` into the available ring."""
+        ring = self.queues[index]
+        self.board.mem.write(ring.avail + 4 + 2 * (ring.next_avail % ring.size), struct.pack("<H", head))
+        ring.next_avail = ring.next_avail + 1 & 0xFFFF
+        self.board.mem.write(ring.avail + 2, struct.pack("<H", ring.next_avail))
+
+    def kick(self, index: int) -> None:
+        """Notify the device, and let the event loop take a turn."""
+        self.set("QueueNotify", index)
+        self.board.steps.turn()
+
+    def used(self, index: int) -> list[tuple[int, int]]:
+        """(head, bytes written) of what the device has given back since the last call."""
+        ring = self.queues[index]
+        (end,) = struct.unpack("<H", self.board.mem.read(ring.used + 2, 2))
+        found = []
+        while ring.next_used != end:
+            entry = self.board.mem.read(ring.used + 4 + 8 * (ring.next_used % ring.size), 8)
+            found.append(struct.unpack("<II", entry))
+            ring.next_used = ring.next_used + 1 & 0xFFFF
+        return found
+
+    def data(self, index: int, head: int) -> bytes:
+        """All of the writable bytes of the chain that had this head last."""
+        return b"".join(self.board.mem.read(address, size) for address, size in self.queues[index].buffers[head])
+
+    def request(self, index: int, readable: Sequence[bytes] = (), writable: Sequence[int] = ()) -> bytes:
+        """Submit, kick, and return the bytes that the device has written; it must have answered at once."""
+        head = self.submit(index, readable, writable)
+        self.kick(index)
+        ((answered, count),) = self.used(index)
+        assert answered == head
+        return self.data(index, head)[:count]
+
+    # What the device says.
+
+    @property
+    def needs_reset(self) -> bool:
+        return bool(self.get("Status") & STATUS.DEVICE_NEEDS_RESET)
+
+    def interrupts(self) -> int:
+        """InterruptStatus, which is acknowledged."""
+        status = self.get("InterruptStatus")
+        self.set("InterruptACK", status & (INTERRUPT.USED_BUFFER | INTERRUPT.CONFIGURATION))
+        return status
+
+    def allocate(self, size: int, alignment: int) -> int:
+        """Guest memory that nothing else uses; raises AssertionError at the end of RAM."""
+        start = -(-self._free // alignment) * alignment
+        self._free = start + size
+        assert self._free <= self.board.mem.regions[-1].end, "the FakeBoard needs more RAM"
+        return start
+
+    def _place(self, data: bytes) -> int:
+        address = self.allocate(len(data), 1)
+        self.board.mem.write(address, data)
+        return address
+
+    def _offset(self, register: str) -> int:
+        return int(VirtioMmio.REGISTERS[register].offset or 0)
+
+
+class _Ring:
+    """Where a queue is, and how far the driver has come."""
+
+    def __init__(self, size: int, desc: int, avail: int, used: int) -> None:
+        self.size, self.desc, self.avail, self.used = size, desc, avail, used
+        self.next_desc = self.next_avail = self.next_used = 0
+        self.buffers: dict[int, list[tuple[int, int]]] = {}
 
 
 def _call(callback: Callable[[], None], owner: Any) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from .bus import BusDevice
 from .events import EventLoop
@@ -59,6 +60,13 @@ class Board(Protocol):
 
     def irq(self, gsi: int | None = None) -> IrqLine:
         """Interrupt line `gsi`, or one that is free."""
+
+    def doorbell(self, address: int, size: int, value: int, ring: Callable[[], None], owner: BusDevice) -> None:
+        """Run `ring` on the event loop, with the owner's lock held, when the guest writes `value` at the MMIO `address`
+        with `size` bytes; the write itself may or may not be seen by the device that has the address."""
+
+    def virtio(self, device: Any) -> None:
+        """Give a VirtioDevice its transport."""
 
     def cmdline(self, *words: str) -> None:
         """Words for the kernel command line."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from kvmpy.kvm.irq import GsiLine
 
 
 class Wires:
-    """Stands for the VM: notes what KVM_IRQ_LINE is told."""
+    """Stands for the VM: notes what KVM_IRQ_LINE and KVM_IRQFD are told."""
 
     def __init__(self) -> None:
         self.told: list[tuple[int, int]] = []
+        self.edges: list[tuple[int, int]] = []
 
     def irq_line(self, gsi: int, level: int) -> None:
         self.told.append((gsi, level))
+
+    def irqfd(self, fd: int, gsi: int) -> None:
+        self.edges.append((fd, gsi))
 
 
 def line(wires: Any, gsi: int) -> GsiLine:
@@ -31,12 +36,14 @@ def test_repeated_levels_cost_no_call() -> None:
     assert wires.told == [(4, 1), (4, 0), (4, 1)]
 
 
-def test_pulse_leaves_the_line_low() -> None:
+def test_edges_go_through_one_irqfd() -> None:
     wires = Wires()
     four = line(wires, 4)
 
-    four.set(True)
     four.pulse()
-    four.set(True)
+    four.pulse()
+    ((fd, gsi),) = wires.edges
+    edges = os.eventfd_read(fd)
+    four.close()
 
-    assert wires.told == [(4, 1), (4, 1), (4, 0), (4, 1)]
+    assert (gsi, edges, wires.told) == (4, 2, [])

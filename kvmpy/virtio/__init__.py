@@ -1,0 +1,1 @@
+"""Virtio devices and the transports that connect them to a guest."""

@@ -1,0 +1,199 @@
+"""Virtio over MMIO (VIRTIO 1.2, 4.2): the registers of one device, modern interface only.
+
+Linux: VIRTIO_MMIO; found through ACPI (LNRO0005). A hostile guest may access registers at any width and in any order:
+accesses other than aligned words read 0 and write nothing, settings that come too late are ignored, and what makes no
+sense ends in DEVICE_NEEDS_RESET.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.board import Board
+from ..core.irq import IrqLine
+from ..core.regs import Reg, RegisterDevice
+from .device import VirtioDevice
+from .queue import VirtQueue
+from .spec import INTERRUPT, STATUS, VENDOR
+from .transport import VirtioCore
+
+MAGIC = int.from_bytes(b"virt", "little")
+QUEUE_NOTIFY = 0x050  # offset of the register behind the doorbells
+SIZE = 0x1000  # one page for each device
+CONFIG = 0x100  # where the device's configuration space begins
+NO_REGION = 0xFFFFFFFF  # 4.2.2: the length of a shared memory region that does not exist
+
+
+class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
+    """The transport of one device: registers at `base`, interrupts as edges on `irq`."""
+
+    MagicValue = Reg(0x000, reset=MAGIC, write=0)
+    Version = Reg(0x004, reset=2, write=0)
+    DeviceID = Reg(0x008, write=0)
+    VendorID = Reg(0x00C, reset=VENDOR, write=0)
+    DeviceFeatures = Reg(0x010, write=0)
+    DeviceFeaturesSel = Reg(0x014, read=False)
+    DriverFeatures = Reg(0x020, read=False)
+    DriverFeaturesSel = Reg(0x024, read=False)
+    QueueSel = Reg(0x030, read=False)
+    QueueNumMax = Reg(0x034, write=0)
+    QueueNum = Reg(0x038, read=False)
+    QueueReady = Reg(0x044)
+    QueueNotify = Reg(QUEUE_NOTIFY, read=False)
+    InterruptStatus = Reg(0x060, write=0, bits=INTERRUPT)
+    InterruptACK = Reg(0x064, read=False, bits=INTERRUPT)
+    Status = Reg(0x070, bits=STATUS)
+    QueueDescLow = Reg(0x080, read=False)
+    QueueDescHigh = Reg(0x084, read=False)
+    QueueDriverLow = Reg(0x090, read=False)
+    QueueDriverHigh = Reg(0x094, read=False)
+    QueueDeviceLow = Reg(0x0A0, read=False)
+    QueueDeviceHigh = Reg(0x0A4, read=False)
+    SHMSel = Reg(0x0AC, read=False)
+    SHMLenLow = Reg(0x0B0, reset=NO_REGION, write=0)
+    SHMLenHigh = Reg(0x0B4, reset=NO_REGION, write=0)
+    SHMBaseLow = Reg(0x0B8, reset=NO_REGION, write=0)
+    SHMBaseHigh = Reg(0x0BC, reset=NO_REGION, write=0)
+    ConfigGeneration = Reg(0x0FC, write=0)
+
+    def __init__(self, device: VirtioDevice, board: Board, irq: IrqLine) -> None:
+        self.lock = device.lock  # a register access and the device's own work exclude each other
+        self.core = VirtioCore(device, board, self._used, self._changed)
+        self.DeviceID = int(device.type_id)
+        self._irq = irq
+        self.base = board.mmio(SIZE, self)
+        for index in range(len(device.queue_sizes)):
+            board.doorbell(self.base + QUEUE_NOTIFY, 4, index, self._kick(index), self)
+
+    def _kick(self, index: int) -> Any:
+        return lambda: self.core.notify(index)
+
+    # Interrupts.
+
+    def _used(self, queue: VirtQueue) -> None:
+        self.InterruptStatus |= INTERRUPT.USED_BUFFER
+        self._irq.pulse()
+
+    def _changed(self) -> None:
+        self.InterruptStatus |= INTERRUPT.CONFIGURATION
+        self._irq.pulse()
+
+    def write_InterruptACK(self, value: int) -> None:
+        self.InterruptStatus &= ~value
+
+    # Status and features.
+
+    def read_Status(self) -> int:
+        return self.core.status
+
+    def write_Status(self, value: int) -> None:
+        self.core.write_status(value & 0xFF)
+        if value == 0:
+            super().reset()
+            self.DeviceID = int(self.core.device.type_id)
+
+    def read_DeviceFeatures(self) -> int:
+        return self.core.device_features(self.DeviceFeaturesSel)
+
+    def write_DriverFeatures(self, value: int) -> None:
+        self.core.accept_features(self.DriverFeaturesSel, value)
+
+    # Queues: registers show the one that QueueSel names, and take nothing once the driver is up.
+
+    @property
+    def _selected(self) -> VirtQueue | None:
+        return self.core.queue(self.QueueSel)
+
+    @property
+    def _settable(self) -> VirtQueue | None:
+        queue = self._selected
+        return queue if queue is not None and self.core.configurable and not queue.enabled else None
+
+    def read_QueueNumMax(self) -> int:
+        queue = self._selected
+        return queue.max_size if queue is not None else 0
+
+    def write_QueueNum(self, value: int) -> None:
+        if queue := self._settable:
+            queue.size = value
+
+    def read_QueueReady(self) -> int:
+        queue = self._selected
+        return int(queue is not None and queue.enabled)
+
+    def write_QueueReady(self, value: int) -> None:
+        queue = self._selected
+        if queue is None:
+            return
+        if not value & 1:
+            queue.enabled = False
+            queue.stop()
+        elif self.core.configurable:
+            queue.enabled = True
+
+    def write_QueueNotify(self, value: int) -> None:
+        """Only where no doorbell took the write: the queue is served on the loop all the same."""
+        if value < len(self.core.queues):
+            self.core.kick(value)
+
+    def write_QueueDescLow(self, value: int) -> None:
+        if queue := self._settable:
+            queue.desc = low(queue.desc, value)
+
+    def write_QueueDescHigh(self, value: int) -> None:
+        if queue := self._settable:
+            queue.desc = high(queue.desc, value)
+
+    def write_QueueDriverLow(self, value: int) -> None:
+        if queue := self._settable:
+            queue.avail = low(queue.avail, value)
+
+    def write_QueueDriverHigh(self, value: int) -> None:
+        if queue := self._settable:
+            queue.avail = high(queue.avail, value)
+
+    def write_QueueDeviceLow(self, value: int) -> None:
+        if queue := self._settable:
+            queue.used = low(queue.used, value)
+
+    def write_QueueDeviceHigh(self, value: int) -> None:
+        if queue := self._settable:
+            queue.used = high(queue.used, value)
+
+    # The device's configuration space, and the widths of accesses (4.2.2.2).
+
+    def read_ConfigGeneration(self) -> int:
+        return self.core.generation
+
+    def read(self, offset: int, size: int) -> int:
+        if offset >= CONFIG:
+            return self.core.read_config(offset - CONFIG, size)
+        return super().read(offset, size) if size == 4 else 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if offset >= CONFIG:
+            self.core.write_config(offset - CONFIG, size, value)
+        elif size == 4:
+            super().write(offset, size, value)
+
+    # State.
+
+    def reset(self) -> None:
+        self.write_Status(0)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"core": self.core.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.core.restore(state["core"])
+
+
+def low(address: int, value: int) -> int:
+    """`address` with the lower word replaced."""
+    return address & ~0xFFFFFFFF | value
+
+
+def high(address: int, value: int) -> int:
+    """`address` with the upper word replaced."""
+    return address & 0xFFFFFFFF | value << 32

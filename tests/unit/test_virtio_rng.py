@@ -1,0 +1,33 @@
+"""The entropy device (VIRTIO 1.2, 5.4)."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpy.testing import FakeBoard, RingDriver
+from kvmpy.virtio import rng
+
+
+@pytest.fixture
+def driver() -> RingDriver:
+    board = FakeBoard()
+    rng.Rng().attach(board)
+    driver = RingDriver(board)
+    driver.start()
+    return driver
+
+
+def test_fills_what_it_is_given(driver: RingDriver) -> None:
+    first, second = driver.request(0, writable=[32]), driver.request(0, writable=[1, 31])
+
+    assert len(first) == len(second) == 32
+    assert first != second
+
+
+def test_writes_nothing_where_it_may_only_read(driver: RingDriver) -> None:
+    assert driver.request(0, readable=[b"text"]) == b""
+    assert not driver.needs_reset
+
+
+def test_answers_a_huge_request_in_part(driver: RingDriver) -> None:
+    assert len(driver.request(0, writable=[rng.MAX_REQUEST + 1])) == rng.MAX_REQUEST
