@@ -14,6 +14,7 @@ from .x86 import layout
 UNITS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 SIZE = re.compile(r"(?P<number>[0-9]{1,18})(?P<unit>[BKMGT]?)(?:I?B)?", re.ASCII | re.IGNORECASE)
 MIN_MEMORY = layout.MIB
+TRANSPORTS = ("mmio", "pci")  # of virtio devices
 MAX_CPUS = 4096  # a mistake in --cpus ends here; KVM's own limit, asked later, is often lower
 
 
@@ -46,6 +47,7 @@ class MachineConfig:
     exec     a shell command for the built-in initramfs to run instead of a shell
     modules  kernel modules for the built-in initramfs to load
     environment  NAME=VALUE words for the shell of the built-in initramfs
+    transport  how virtio devices are connected: "mmio", or "pci" with MSI-X
     """
 
     kernel: Path | None = None
@@ -58,6 +60,7 @@ class MachineConfig:
     exec: str | None = None
     modules: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
+    transport: str = "mmio"
 
     @classmethod
     def of(
@@ -72,6 +75,7 @@ class MachineConfig:
         exec: str | None = None,
         modules: Sequence[str] = (),
         environment: Sequence[str] = (),
+        transport: str = "mmio",
     ) -> MachineConfig:
         """Check and convert what a person wrote; an int for `mem` counts MiB too. Raises ConfigError."""
         size = parse_size(mem)
@@ -79,6 +83,8 @@ class MachineConfig:
             raise ConfigError(f'invalid size "{mem}"', f"a machine has 1M to {layout.MAX_RAM >> 30}G of memory")
         if size % layout.PAGE:
             raise ConfigError(f'invalid size "{mem}"', "memory comes in whole pages of 4K")
+        if transport not in TRANSPORTS:
+            raise ConfigError(f'invalid transport "{transport}"', f"use {' or '.join(TRANSPORTS)}")
         if isinstance(initrd, (str, PathLike)):
             initrd = [initrd]
         return cls(
@@ -92,4 +98,5 @@ class MachineConfig:
             exec=exec,
             modules=tuple(modules),
             environment=tuple(environment),
+            transport=transport,
         )
