@@ -244,6 +244,9 @@ class RingDriver:
     def config(self, offset: int, size: int) -> int:
         return self._registers.config(offset, size)
 
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        self._registers.write_config(offset, size, value)
+
     def start(self, features: int = F.VERSION_1, sizes: Sequence[int] | None = None) -> None:
         """Reset, agree on `features`, set up the queues (of `sizes` entries, else as large as they may be), go."""
         self.set("Status", 0)
@@ -382,6 +385,9 @@ class _MmioRegisters:
     def config(self, offset: int, size: int) -> int:
         return self._board.memory_bus.read(self.base + CONFIG + offset, size)
 
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        self._board.memory_bus.write(self.base + CONFIG + offset, size, value)
+
     def connect(self) -> None:
         """Nothing to do: there is one line."""
 
@@ -450,6 +456,9 @@ class _PciRegisters:
 
     def config(self, offset: int, size: int) -> int:
         return self._board.memory_bus.read(self.base + pci.CONFIG + offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        self._board.memory_bus.write(self.base + pci.CONFIG + offset, size, value)
 
     def connect(self) -> None:
         """A vector for each purpose; what was sent so far is forgotten."""

@@ -308,8 +308,9 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
         page, within = offset & ~(PAGE - 1), offset & PAGE - 1
         if page == NOTIFY:
             # Only where no doorbell took the write: the queue is served on the loop all the same.
-            if within // NOTIFY_MULTIPLIER < len(self.core.queues):
-                self.core.kick(within // NOTIFY_MULTIPLIER)
+            index, rest = divmod(within, NOTIFY_MULTIPLIER)
+            if rest == 0 and index < len(self.core.queues):
+                self.core.kick(index)
         elif page == CONFIG:
             self.core.write_config(within, size, value)
         elif page == TABLE:

@@ -20,7 +20,7 @@ for n in 0 39; do
 done
 irq=$(sed -n 's/^ *\\([0-9]*\\):.*virtio0-input/\\1/p' /proc/interrupts)
 echo virtio_rng.0 > /sys/class/misc/hw_random/rng_current
-for cpu in 0 1; do echo $cpu > /proc/irq/$irq/smp_affinity_list; dd if=/dev/hwrng of=/dev/null bs=4096 count=4 2>&1; done
+for cpu in 0 1; do echo $cpu > /proc/irq/$irq/smp_affinity_list; dd if=/dev/hwrng of=/dev/null bs=4k count=4; done
 grep virtio /proc/interrupts
 cat /proc/cmdline
 """
