@@ -81,6 +81,10 @@ class MainBoard:
         """(base, bytes, gsi) of each virtio-mmio device, in the order in which they were attached."""
         return [(transport.base, SIZE, gsi) for transport, gsi in self.virtio_mmio]
 
+    def virtio_words(self) -> list[str]:
+        """The same for the command line of a kernel that does not use ACPI (CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)."""
+        return [f"virtio_mmio.device={size >> 10}K@{base:#x}:{gsi}" for base, size, gsi in self.virtio_resources()]
+
     def _edge_gsi(self) -> int:
         """A line for a device that only makes edges: these can share one, since the guest asks all of its devices
         after each edge. The last free lines are left to devices that cannot."""

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         mem=args.mem,
         cpus=args.cpus,
         cmdline=args.cmdline,
-        append=args.append,
+        append=[*root_words(args), *args.append],
         environment=terminal_words(),
         boot=args.boot,
         exec=command(args.exec),
@@ -135,6 +135,12 @@ def run(args: argparse.Namespace) -> int:
         fresh_line = "\n" if on_one_terminal and not machine.console.text.endswith(("\n", "\r")) else ""
         tell(fresh_line + report)
     return status
+
+
+def root_words(args: argparse.Namespace) -> list[str]:
+    """The first disk is where Linux goes on from, unless the user says otherwise."""
+    told = args.cmdline is not None or args.exec is not None or any("root=" in words for words in args.append)
+    return ["root=/dev/vda rw"] if args.disk and not told else []
 
 
 def devices(disks: list[str], nets: list[str], published: list[str], others: list[str]) -> list[str]:
