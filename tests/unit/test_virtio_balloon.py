@@ -53,6 +53,7 @@ def begin(driver: RingDriver, features: int, queues: Sequence[int]) -> None:
         driver.add_queue(8)
         driver.set("QueueReady", int(index in queues))
     driver.set("Status", 15)
+    driver.board.steps.turn()
 
 
 def pages(*pfns: int) -> bytes:
