@@ -191,6 +191,23 @@ def test_nothing_is_lost_without_a_kick(driver: RingDriver, device: Echo) -> Non
     assert len(driver.used(0)) == 2
 
 
+def test_what_is_there_before_the_driver_is_up_is_served_then(driver: RingDriver) -> None:
+    driver.set("Status", 0)
+    driver.set("Status", 3)
+    driver.accept(ALL)
+    driver.queues = []
+    driver.set("QueueSel", 0)
+    driver.add_queue(8)
+    head = driver.submit(0, [b"x"], [1])
+    driver.kick(0)
+    early = driver.used(0)
+
+    driver.set("Status", 15)
+    driver.board.steps.turn()
+
+    assert (early, driver.used(0)) == ([], [(head, 1)])
+
+
 def test_second_cpu_that_never_stops_gets_one_round_at_a_time(driver: RingDriver, device: Echo) -> None:
     for _ in range(8):
         driver.submit(0, [b"x"])
