@@ -45,7 +45,8 @@ class MachineConfig:
     append   words behind it
     boot     protocol, or "auto"
     exec     a shell command for the built-in initramfs to run instead of a shell
-    modules  kernel modules for the built-in initramfs to load
+    modules  kernel modules for the built-in initramfs to load, besides those for the devices
+    devices  devices besides those that every machine has, as for --device (catalogue.py)
     environment  NAME=VALUE words for the shell of the built-in initramfs
     transport  how virtio devices are connected: "mmio", or "pci" with MSI-X
     """
@@ -59,6 +60,7 @@ class MachineConfig:
     boot: str = "auto"
     exec: str | None = None
     modules: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
     transport: str = "mmio"
 
@@ -74,6 +76,7 @@ class MachineConfig:
         boot: str = "auto",
         exec: str | None = None,
         modules: Sequence[str] = (),
+        devices: Sequence[str] = (),
         environment: Sequence[str] = (),
         transport: str = "mmio",
     ) -> MachineConfig:
@@ -97,6 +100,7 @@ class MachineConfig:
             boot=boot,
             exec=exec,
             modules=tuple(modules),
+            devices=tuple(devices),
             environment=tuple(environment),
             transport=transport,
         )

@@ -166,6 +166,7 @@ def test_bar_and_doorbells_move_together(driver: RingDriver) -> None:
 
 def test_kick_on_the_way_is_not_lost(driver: RingDriver, device: Probe) -> None:
     driver.start()
+    device.told.clear()
 
     driver.board.memory_bus.write(FUNCTION + Header.BAR_LOW_AT, 4, PCI_WINDOW.start + 0x100000)
     driver.board.steps.turn()
@@ -361,6 +362,7 @@ def test_pending_bits_are_the_devices(driver: RingDriver) -> None:
 @pytest.mark.parametrize("number", [2, 0x7FFF, 0xFFFF])
 def test_queue_that_is_not_there(driver: RingDriver, device: Probe, number: int) -> None:
     driver.start()
+    device.told.clear()
     driver.set("QueueSel", number)
     before = driver.transport.core.state()
     for name in ("queue_size", "queue_enable", "queue_msix_vector", "queue_desc_low", "queue_desc_high"):
@@ -414,6 +416,7 @@ def test_accepted_features_read_back(driver: RingDriver) -> None:
 @pytest.mark.parametrize(("size", "value"), [(1, 0xFF), (2, 1), (2, 0xFFFF), (4, 1), (8, 0)])
 def test_notification_is_told_by_its_address(driver: RingDriver, device: Probe, size: int, value: int) -> None:
     driver.start()
+    device.told.clear()
 
     write(driver, pci.NOTIFY + 4, size, value)
     driver.board.steps.turn()
