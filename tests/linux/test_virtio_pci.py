@@ -33,7 +33,7 @@ def interrupts(text: str, name: str) -> list[str]:
 
 
 def test_forty_devices(cloud: Path) -> None:
-    machine = kvmpy.Machine(kernel=cloud, cpus=2, transport="pci", modules=["virtio_pci", "virtio-rng"], exec=SCRIPT)
+    machine = kvmpy.Machine(kernel=cloud, cpus=2, transport="pci", exec=SCRIPT)
     for _ in range(DEVICES):
         machine.add(Rng())
 
