@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvmpy.pci import msix
 from kvmpy.pci.config import COMMAND, Header
@@ -217,6 +219,36 @@ def test_any_access_is_harmless(driver: RingDriver, offset: int, size: int) -> N
         driver.board.steps.turn()
 
     driver.start()
+    assert driver.get("Status") == READY
+
+
+offsets = (
+    st.integers(0, 0xFF)
+    | st.sampled_from([0x1000, 0x2000, 0x3000, 0x3004, 0x4000, 0x400C, 0x5000])
+    | st.integers(0, 0x7FFF)
+)
+values = st.sampled_from([0, 1, 0xFFFF, PCI_WINDOW.start, 2**32 - 1, 2**64 - 1]) | st.integers(0, 2**64 - 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    accesses=st.lists(st.tuples(st.booleans(), offsets, st.sampled_from([1, 2, 4, 8]), values), max_size=60),
+)
+def test_any_accesses_are_survived(accesses: list[tuple[bool, int, int, int]]) -> None:
+    board = FakeBoard(transport="pci")
+    Probe().attach(board)
+    base = RingDriver(board).base
+    for in_config, offset, size, value in accesses:
+        address = FUNCTION + offset if in_config else base + offset
+        board.memory_bus.write(address, size, value)
+        board.memory_bus.read(address, size)
+        board.steps.turn()
+
+    board.memory_bus.write(FUNCTION + Header.BAR_LOW_AT, 4, base)
+    board.memory_bus.write(FUNCTION + Header.BAR_HIGH_AT, 4, 0)
+    driver = RingDriver(board)
+    driver.start()
+
     assert driver.get("Status") == READY
 
 
