@@ -10,7 +10,9 @@ from ..core.errors import ConfigError
 LINUX_LIMIT = 2047  # COMMAND_LINE_SIZE - 1 on x86, for kernels that do not say (arch/x86/include/asm/setup.h)
 OLD_LIMIT = 255  # before boot protocol 2.06 (Documentation/arch/x86/boot.rst, cmdline_size)
 
-NO_PCI = "pci=off"  # without a bus to scan: saves the early quirks' walk over bus 0, a few hundred port accesses
+# Both save the early quirks' walk over bus 0 through ports that are not there, a few hundred accesses.
+NO_PCI = "pci=off"  # there is no bus
+PCI = "pci=noearly"  # there is one, which is found later: ACPI tells where its memory-mapped configuration is
 
 # What a guest of this machine is told unless --cmdline replaces it (Documentation/admin-guide/kernel-parameters).
 DEFAULT = (
@@ -33,7 +35,7 @@ def compose(base: str | None, appends: Sequence[str] = (), extra: Sequence[str] 
     Of a word given twice the kernel takes the last, and words after `--` go to init: so the user's come last.
     Raises ConfigError for what cannot be in a command line.
     """
-    default = " ".join(word for word in DEFAULT if not (pci and word == NO_PCI))
+    default = " ".join(PCI if pci and word == NO_PCI else word for word in DEFAULT)
     line = " ".join(filter(None, [*extra, default if base is None else base, *appends]))
     _bytes(line)
     return line

@@ -19,6 +19,7 @@ def test_defaults_turn_pci_off_where_there_is_none() -> None:
     without, with_pci = cmdline.compose(None).split(), cmdline.compose(None, pci=True).split()
 
     assert set(without) - set(with_pci) == {"pci=off"}
+    assert set(with_pci) - set(without) == {"pci=noearly"}
     assert cmdline.compose("pci=off", pci=True) == "pci=off"
 
 
