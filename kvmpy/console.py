@@ -95,10 +95,14 @@ class Console:
 
     def put(self, byte: int) -> bool:
         """Take a byte from the UART without ever blocking; False when no more fits until `drained`."""
+        return self.write(bytes((byte,)))
+
+    def write(self, data: bytes) -> bool:
+        """Take all of `data`, as `put` takes a byte."""
         with self._lock:
             first = not self._output
-            self._output.append(byte)
-            self._under_way += 1
+            self._output += data
+            self._under_way += len(data)
             self._full = self._under_way >= OUTPUT_LIMIT
             room = not self._full
         if first:
