@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core.errors import ConfigError
 from ..core.regs import Bits, bit
@@ -164,7 +164,7 @@ class VirtioConsole(VirtioDevice):
     """
 
     type_id = Type.CONSOLE
-    modules: ClassVar[tuple[str, ...]] = ("virtio_console",)
+    modules = ("virtio_console",)
     config: bytearray
 
     def __init__(self, *, ports: int = 1) -> None:
