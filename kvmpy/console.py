@@ -99,12 +99,16 @@ class Console:
 
     def put(self, byte: int) -> bool:
         """Take a byte from the UART without ever blocking; False when no more fits until `drained`."""
+        return self.write(bytes((byte,)))
+
+    def write(self, data: bytes) -> bool:
+        """Take all of `data`, as `put` takes a byte."""
         with self._lock:
-            self._output.append(byte)
-            self._under_way += 1
+            self._output += data
+            self._under_way += len(data)
             self._full = self._under_way >= OUTPUT_LIMIT
             room = not self._full
-            call = not self._called and (byte == NEWLINE or len(self._output) >= BATCH)
+            call = not self._called and (NEWLINE in data or len(self._output) >= BATCH)
             linger = not (call or self._called or self._lingers)
             self._called |= call
             self._lingers |= linger
