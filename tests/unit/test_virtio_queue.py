@@ -6,9 +6,10 @@ import struct
 
 import pytest
 
+from kvmpy.core.buffers import pieces
 from kvmpy.testing import FakeBoard, RingDriver
 from kvmpy.virtio.device import VirtioDevice
-from kvmpy.virtio.queue import DESC_F, Chain, VirtQueue, pieces
+from kvmpy.virtio.queue import DESC_F, Chain, VirtQueue
 from kvmpy.virtio.spec import INTERRUPT, F, Type
 
 ALL = F.VERSION_1 | F.EVENT_IDX | F.INDIRECT_DESC
