@@ -9,6 +9,9 @@
  *   /etc/kvmpy/exec     NUL-terminated words of the command to run; without this file there is a shell on the console
  * What the kernel's command line tells it, through the environment that the kernel makes of unknown NAME=VALUE words:
  *   TERM, LINES, COLUMNS  the user's terminal, for the interactive shell
+ * and, as any initramfs is told (Documentation/admin-guide/kernel-parameters.rst), in /proc/cmdline:
+ *   root=/dev/NAME, root=LABEL=NAME or root=UUID=ID  the disk to go on from (by label and id: ext2, ext3, ext4 only);
+ *                         with rootfstype=, rw, and init=. There is a shell when that is not possible.
  *
  * What it tells the virtual machine monitor:
  *   port 0x80, byte 0x41                 userspace reached (Cloud Hypervisor's debug port code)
@@ -790,6 +793,161 @@ static void run_shell(void)
 	end(LINUX_REBOOT_CMD_POWER_OFF, -1);
 }
 
+/* The disk to go on from. */
+
+static char cmdline[PAGE];
+
+/* What follows `name` in the last word of the kernel's command line that begins with it, up to the word's end; NULL. */
+static const char *option(const char *name, char *value, unsigned long size)
+{
+	const char *found = 0;
+
+	for (const char *at = cmdline; *at; at++) {
+		const char *rest = at == cmdline || at[-1] == ' ' ? after(at, name) : 0;
+		unsigned long n = 0;
+
+		if (!rest)
+			continue;
+		while (rest[n] && rest[n] != ' ' && rest[n] != '\n' && n + 1 < size) {
+			value[n] = rest[n];
+			n++;
+		}
+		value[n] = 0;
+		found = value;
+	}
+	return found;
+}
+
+static const char *wanted; /* LABEL=... or UUID=... */
+static char root[128];     /* the node of the root disk, once it is found */
+
+/* Keep `name`, a block device, in `root` if its ext2 superblock (Documentation/filesystems/ext4) is the wanted one. */
+static void identify(const char *folder, const char *name)
+{
+	unsigned char block[0x88];
+	char path[128] = "/dev/", text[64] = "";
+	long fd;
+
+	(void)folder;
+	append(path, sizeof path, name);
+	fd = SYS(open, path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return;
+	if (SYS(pread64, fd, block, sizeof block, 1024) == sizeof block && block[0x38] == 0x53 && block[0x39] == 0xef) {
+		if (after(wanted, "LABEL=")) {
+			append(text, sizeof text, "LABEL=");
+			for (int i = 0; i < 16 && block[0x78 + i]; i++)
+				append(text, sizeof text, (char[]){block[0x78 + i], 0});
+		} else {
+			append(text, sizeof text, "UUID=");
+			for (int i = 0; i < 16; i++) {
+				static const char digits[] = "0123456789abcdef";
+				unsigned char byte = block[0x68 + i];
+
+				if (i == 4 || i == 6 || i == 8 || i == 10)
+					append(text, sizeof text, "-");
+				append(text, sizeof text, (char[]){digits[byte >> 4], digits[byte & 15], 0});
+			}
+		}
+		if (same(text, wanted)) {
+			root[0] = 0;
+			append(root, sizeof root, path);
+		}
+	}
+	SYS(close, fd);
+}
+
+/* Wait up to 10 s for the disk that `spec` names; whether it has come. */
+static int find_root(const char *spec)
+{
+	struct timespec tick = {.tv_nsec = 50 * 1000 * 1000};
+
+	wanted = spec;
+	for (int i = 0; i < 200; i++) {
+		if (spec[0] == '/')
+			append(root, sizeof root, i ? "" : spec);
+		else
+			list("/sys/class/block", identify);
+		if (root[0] && SYS(access, root, 0) == 0)
+			return 1;
+		SYS(nanosleep, &tick, 0);
+		make_nodes();
+	}
+	return 0;
+}
+
+/* Mount `root` at /.root, as the type that `rootfstype=` names or as the first that fits; 0 or a negative errno. */
+static long mount_root(unsigned long flags)
+{
+	char types[PAGE], given[64];
+	const char *type = option("rootfstype=", given, sizeof given);
+	long error = -ENOENT;
+
+	SYS(mkdir, "/.root", 0755);
+	if (type)
+		return SYS(mount, root, "/.root", type, flags, 0);
+	for (char *at = peek("/proc/filesystems", types, sizeof types); *at;) {
+		char *name = at;
+
+		while (*at && *at != '\n')
+			at++;
+		if (*at)
+			*at++ = 0;
+		if (*name != '\t') /* "nodev" is before the tab of those that have no disk */
+			continue;
+		error = SYS(mount, root, "/.root", name + 1, flags, 0);
+		if (!error)
+			return 0;
+	}
+	return error;
+}
+
+/* Go on from the disk of root=, if there is one; returns when that cannot be done, having said why. */
+static void boot_disk(void)
+{
+	static const char *const inits[] = {"/sbin/init", "/etc/init", "/bin/init", "/bin/sh"};
+	static const char *const moved[] = {"/dev", "/proc", "/sys"};
+	char spec[128], given[128], path[256], rw[8];
+	const char *init = option("init=", given, sizeof given);
+	struct stat status;
+	long error;
+
+	if (!option("root=", spec, sizeof spec))
+		return;
+	if (!find_root(spec)) {
+		complain("no disk ", spec, 0);
+		return;
+	}
+	error = mount_root(option("rw", rw, sizeof rw) && !rw[0] ? 0 : MS_RDONLY);
+	if (error) {
+		complain("cannot mount ", root, error);
+		return;
+	}
+	for (unsigned i = 0; !init && i < sizeof inits / sizeof inits[0]; i++) {
+		path[0] = 0;
+		append(path, sizeof path, "/.root");
+		append(path, sizeof path, inits[i]);
+		if (SYS(lstat, path, &status) == 0) /* not access: the link is to be followed from the new root */
+			init = inits[i];
+	}
+	if (!init) {
+		complain("no init on the disk, which is at /.root: ", root, 0);
+		return;
+	}
+	for (unsigned i = 0; i < sizeof moved / sizeof moved[0]; i++) {
+		path[0] = 0;
+		append(path, sizeof path, "/.root");
+		append(path, sizeof path, moved[i]);
+		SYS(mount, moved[i], path, 0, MS_MOVE, 0);
+	}
+	SYS(chdir, "/.root");
+	SYS(mount, ".", "/", 0, MS_MOVE, 0);
+	SYS(chroot, ".");
+	SYS(chdir, "/");
+	set_signals(SIG_DFL);
+	SYS(exit_group, run((char *[]){(char *)init, 0}));
+}
+
 static void read_environment(char **envp)
 {
 	const char *value;
@@ -839,8 +997,9 @@ __attribute__((used, noreturn)) static void start(unsigned long *stack)
 	loopback_up();
 	if (command)
 		run_command(command, size);
-	else
-		run_shell();
+	peek("/proc/cmdline", cmdline, sizeof cmdline);
+	boot_disk();
+	run_shell();
 	__builtin_unreachable();
 }
 

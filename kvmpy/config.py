@@ -44,7 +44,8 @@ class MachineConfig:
     append   words behind it
     boot     protocol, or "auto"
     exec     a shell command for the built-in initramfs to run instead of a shell
-    modules  kernel modules for the built-in initramfs to load
+    modules  kernel modules for the built-in initramfs to load, besides those for the devices
+    devices  devices besides those that every machine has, as for --device (catalogue.py)
     environment  NAME=VALUE words for the shell of the built-in initramfs
     """
 
@@ -57,6 +58,7 @@ class MachineConfig:
     boot: str = "auto"
     exec: str | None = None
     modules: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
 
     @classmethod
@@ -71,6 +73,7 @@ class MachineConfig:
         boot: str = "auto",
         exec: str | None = None,
         modules: Sequence[str] = (),
+        devices: Sequence[str] = (),
         environment: Sequence[str] = (),
     ) -> MachineConfig:
         """Check and convert what a person wrote; an int for `mem` counts MiB too. Raises ConfigError."""
@@ -91,5 +94,6 @@ class MachineConfig:
             boot=boot,
             exec=exec,
             modules=tuple(modules),
+            devices=tuple(devices),
             environment=tuple(environment),
         )

@@ -253,7 +253,12 @@ class Machine:
             Pvpanic(layout.PORT_PVPANIC),
             ResetControl(layout.PORT_RESET_CONTROL),
         ]
-        for device in [*devices, *self._added]:
+        devices += self._added
+        if self.config.devices:
+            from . import catalogue  # not needed by most
+
+            devices += [catalogue.make(text) for text in self.config.devices]
+        for device in devices:
             device.attach(self.board)
 
     def _create_vcpus(self) -> None:
@@ -275,10 +280,11 @@ class Machine:
         apic_ids = range(self.config.cpus)
         self.console.patient = linux
         quiet = QUIET if self.config.exec is not None else ()
+        words = [*self.board.words, *self.config.environment, *quiet]
+        if "acpi=off" in f"{self.config.cmdline} {' '.join(self.config.append)}".split():
+            words += self.board.virtio_words()
         self.cmdline = cmdline.compose(
-            self.config.cmdline if linux else self.config.cmdline or "",
-            self.config.append,
-            [*self.board.words, *self.config.environment, *quiet] if linux else (),
+            self.config.cmdline if linux else self.config.cmdline or "", self.config.append, words if linux else ()
         )
         spec = BootSpec(
             ram_size=self.config.mem,
@@ -312,8 +318,11 @@ class Machine:
             return b""
         from .boot import initramfs  # not needed by those who bring their own
 
-        modules_dir = kernels.modules_dir_for(Path(image.path)) if self.config.modules else None
-        return initramfs.build(exec=self.config.exec, modules=self.config.modules, modules_dir=modules_dir)
+        wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
+        modules_dir = kernels.modules_dir_for(Path(image.path)) if wanted else None
+        if modules_dir is None:  # a kernel without modules has its drivers built in
+            wanted = list(self.config.modules)
+        return initramfs.build(exec=self.config.exec, modules=wanted, modules_dir=modules_dir)
 
     # Endings.
 

@@ -38,6 +38,7 @@ class MainBoard:
         self._free_gsis = [gsi for gsi in layout.IRQ_DEVICES if gsi not in layout.IRQ_TAKEN]
         self._next_mmio = layout.MMIO_DEVICES
         self.virtio_mmio: list[tuple[VirtioMmio, int]] = []  # and the interrupt of each
+        self.modules: list[str] = []  # of the guest's kernel, for the devices that are here
         self._doorbells: list[int] = []
 
     def pio(self, base: int, size: int, device: BusDevice) -> None:
@@ -74,10 +75,15 @@ class MainBoard:
     def virtio(self, device: VirtioDevice) -> None:
         gsi = self._edge_gsi()
         self.virtio_mmio.append((VirtioMmio(device, self, self.irq(gsi)), gsi))
+        self.modules += ["virtio_mmio", *device.modules]
 
     def virtio_resources(self) -> list[tuple[int, int, int]]:
         """(base, bytes, gsi) of each virtio-mmio device, in the order in which they were attached."""
         return [(transport.base, SIZE, gsi) for transport, gsi in self.virtio_mmio]
+
+    def virtio_words(self) -> list[str]:
+        """The same for the command line of a kernel that does not use ACPI (CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)."""
+        return [f"virtio_mmio.device={size >> 10}K@{base:#x}:{gsi}" for base, size, gsi in self.virtio_resources()]
 
     def _edge_gsi(self) -> int:
         """A line for a device that only makes edges: these can share one, since the guest asks all of its devices
@@ -92,6 +98,7 @@ class MainBoard:
         for transport, _ in self.virtio_mmio:
             with transport.lock:
                 transport.core.reset()
+                transport.core.device.close()
         for bell in self._doorbells:
             self.loop.remove(bell)
             os.close(bell)

@@ -35,6 +35,15 @@ def compose(base: str | None, appends: Sequence[str] = (), extra: Sequence[str] 
     return line
 
 
+def root_modules(line: str) -> list[str]:
+    """The driver of the file system that root= is on: rootfstype= names it, ext4 is the usual one."""
+    words = line.split()
+    if not any(word.startswith("root=") for word in words):
+        return []
+    types = [word.removeprefix("rootfstype=") for word in words if word.startswith("rootfstype=")]
+    return types[-1:] or ["ext4"]
+
+
 def encode(line: str, limit: int) -> bytes:
     """`line` as the kernel gets it, without the NUL; raises ConfigError over `limit` bytes or for bad characters."""
     data = _bytes(line)

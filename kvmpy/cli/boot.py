@@ -56,6 +56,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--append", "--params", metavar="WORDS", action="append", default=[], help="words behind the command line")
     add("--boot", metavar="PROTOCOL", default="auto", help="auto, pvh, linux64, decompressor, multiboot or flat")
     add("--exec", metavar="CMD", help="shell command, or file with a script, for the built-in initramfs to run")
+    add(
+        "-d",
+        "--disk",
+        metavar="FILE[,OPTION=...]",
+        action="append",
+        default=[],
+        help="a disk: virtio-blk,path=FILE,...",
+    )
+    add(
+        "-n",
+        "--net",
+        metavar="KIND[,OPTION=...]",
+        action="append",
+        default=[],
+        help="a network: user, tap=NAME, socket=PATH",
+    )
+    add("--publish", metavar="[IP:]HOST:GUEST[/udp]", action="append", default=[], help="a port of a --net user")
+    add(
+        "--device",
+        metavar="NAME[,OPTION=...]",
+        action="append",
+        default=[],
+        help="a device, or FILE.py:CLASS of your own",
+    )
     add("--serial", metavar="WHERE", help=f"the serial console: {endpoint.KINDS} (default stdio)")
     add("--timeout", metavar="S", help="stop after S seconds, with status 124")
     add("--json", action="store_true", help="print the outcome, console text included, as JSON")
@@ -77,10 +101,11 @@ def run(args: argparse.Namespace) -> int:
         mem=args.mem,
         cpus=args.cpus,
         cmdline=args.cmdline,
-        append=args.append,
+        append=[*root_words(args), *args.append],
         environment=terminal_words(),
         boot=args.boot,
         exec=command(args.exec),
+        devices=devices(args.disk, args.net, args.publish, args.device),
     )
     kind, path = endpoint.parse(args.serial or ("null" if args.json else "stdio"))
     machine = Machine(config, endpoint=lambda loop, console: open_endpoint(kind, path, loop, console, machine))
@@ -110,6 +135,30 @@ def run(args: argparse.Namespace) -> int:
         fresh_line = "\n" if on_one_terminal and not machine.console.text.endswith(("\n", "\r")) else ""
         tell(fresh_line + report)
     return status
+
+
+def root_words(args: argparse.Namespace) -> list[str]:
+    """The first disk is where Linux goes on from, unless the user says otherwise."""
+    told = args.cmdline is not None or args.exec is not None or any("root=" in words for words in args.append)
+    return ["root=/dev/vda rw"] if args.disk and not told else []
+
+
+def devices(disks: list[str], nets: list[str], published: list[str], others: list[str]) -> list[str]:
+    """The short forms written out: all devices as --device has them, disks first."""
+    if published and "user" not in [net.partition(",")[0] for net in nets]:
+        nets = ["user", *nets]
+    found = [f"virtio-blk,path={disk}" for disk in disks]
+    for net in nets:
+        kind, comma, options = net.partition(",")
+        kind, _, value = kind.partition("=")
+        text = f"virtio-net,backend={kind}"
+        if value:
+            text += f",{'name' if kind == 'tap' else 'path'}={value}"
+        if kind == "user" and published:
+            text += f",publish={'+'.join(published)}"
+            published = []
+        found.append(text + comma + options)
+    return found + others
 
 
 def command(text: str | None) -> str | None:

@@ -55,22 +55,22 @@ class Image(Protocol):
         """Safe to call twice."""
 
 
-def open_image(path: Path, *, read_only: bool, cache: str, snapshot: bool, format: str) -> Image:
-    """The image at `path`, locked for this use of it.
+def open_image(path: Path, *, read_only: bool, cache: str, snapshot: bool, format: str, backing: bool) -> Image:
+    """The image at `path`, for this use of it only.
 
-    With `snapshot` the file is only read, and writes are forgotten at the end. Raises ConfigError, NotFoundError,
-    ImageError or HostError, each of which names the file and a remedy.
+    With `snapshot` the file is only read, and writes are forgotten at the end; `backing` allows a qcow2 image to name
+    another file. Raises ConfigError, NotFoundError, ImageError or HostError, each with the file and a remedy.
     """
     if cache not in CACHES:
         raise ConfigError(f'invalid cache "{cache}"', f"use {', '.join(CACHES)}")
     if format not in FORMATS:
         raise ConfigError(f'invalid disk format "{format}"', f"use {' or '.join(FORMATS)}")
-    opener: Callable[..., Image] = open_raw
     if format == "qcow2":
-        from importlib import import_module  # only for those who use it
-
-        opener = import_module(".qcow2", __package__).Qcow2
-    image = opener(path, read_only=read_only or snapshot, cache=cache)
+        image = _open_qcow2(path, read_only or snapshot, cache, backing)
+    elif backing:
+        raise ConfigError(f"disk image {path} is raw: it has no backing file", "add format=qcow2, or leave out backing")
+    else:
+        image = open_raw(path, read_only=read_only or snapshot, cache=cache)
     if not snapshot or read_only:
         return image
     from .overlay import Overlay
@@ -82,48 +82,74 @@ def open_image(path: Path, *, read_only: bool, cache: str, snapshot: bool, forma
         raise
 
 
+def _open_qcow2(path: Path, read_only: bool, cache: str, backing: bool) -> Image:
+    from importlib import import_module  # only for those who use it
+
+    if cache == "direct":
+        raise ConfigError(f"disk image {path}: cache=direct is for raw images", "use cache=writeback")
+    opener: Callable[..., Image] = import_module(".qcow2", __package__).Qcow2
+    return opener(path, read_only=read_only, backing=backing, unsafe=cache == "unsafe")
+
+
 def open_raw(path: Path, *, read_only: bool = False, cache: str = "writeback") -> Raw:
-    """A raw file or block device, locked: shared for reading, else exclusively. Raises as open_image does."""
-    name = f"disk image {path}"
-    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-    fd = _open(path, name, flags)
-    image = Raw(fd, read_only=read_only, cache=cache)
+    """A raw file or block device. Raises as open_image does."""
+    image = Raw(open_file(path, read_only), read_only=read_only, cache=cache)
     try:
-        lock(fd, name, exclusive=not read_only)
-        image.measure()
-        size = os.lseek(fd, 0, os.SEEK_END)
+        size = image.measure()
         if not size:
-            raise ImageError(f"{name} is empty", f"give it a size, e.g. truncate -s 1G {path}")
+            raise ImageError(f"disk image {path} is empty", f"give it a size, e.g. truncate -s 1G {path}")
         if size % SECTOR:
             remedy = f"round it up with truncate -s %{SECTOR} {path}, or give its format"
-            raise ImageError(f"{name} has {size} bytes, which is no multiple of {SECTOR}", remedy)
+            raise ImageError(f"disk image {path} has {size} bytes, which is no multiple of {SECTOR}", remedy)
         if cache == "direct":
-            image.direct = _open_direct(fd, name, flags)
+            image.use_direct(path)
     except BaseException:
         image.close()
         raise
     return image
 
 
-class Raw:
-    """An image whose bytes are those of the file; takes over the descriptor `fd`.
+def open_file(path: Path, read_only: bool) -> int:
+    """A descriptor of the file or block device at `path`, locked: shared for reading, else exclusively."""
+    name = f"disk image {path}"
+    fd = _open(path, name, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    try:
+        lock(fd, name, exclusive=not read_only)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
-    `direct` is a second descriptor of the file with O_DIRECT, or -1. Whatever the host refuses to do with that one, for
-    its alignment, goes through the page cache, which the kernel keeps consistent with direct accesses.
-    """
+
+class Raw:
+    """An image whose bytes are those of the file; takes over the descriptor `fd`."""
 
     def __init__(self, fd: int, *, read_only: bool = False, cache: str = "writeback") -> None:
         self.read_only = read_only
-        self.direct = -1
-        self.size = 0
         self._fd = fd
+        self._direct = -1  # the same file with O_DIRECT
         self._sync = cache != "unsafe"
         self._sync_failed = 0  # the errno of the first fdatasync that failed
         self.measure()
 
-    def measure(self) -> None:
-        """Set `size` to that of the file or device as it is now, in whole sectors."""
-        self.size = os.lseek(self._fd, 0, os.SEEK_END) // SECTOR * SECTOR
+    def measure(self) -> int:
+        """Set `size` to that of the file or device as it is now, in whole sectors; returns its bytes."""
+        length = os.lseek(self._fd, 0, os.SEEK_END)
+        self.size = length // SECTOR * SECTOR
+        return length
+
+    def use_direct(self, path: Path) -> None:
+        """Go round the page cache from now on; raises HostError where the file system cannot.
+
+        What the host then refuses for its alignment, as O_DIRECT allows it to do, takes the way through the page cache
+        all the same: the kernel keeps both ways consistent.
+        """
+        flags = (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_DIRECT
+        try:
+            self._direct = os.open(f"/proc/self/fd/{self._fd}", flags)
+        except OSError as error:
+            what = f"disk image {path}: its file system refuses cache=direct ({error.strerror})"
+            raise HostError(what, "use cache=writeback, or another file system") from None
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._transfer(os.preadv, offset, buffers)
@@ -152,13 +178,13 @@ class Raw:
             self.writev(offset, [ZEROES] * (length // len(ZEROES)) + [ZEROES[: length % len(ZEROES)]])
 
     def close(self) -> None:
-        for fd in (self._fd, self.direct):
+        for fd in (self._fd, self._direct):
             if fd >= 0:
                 os.close(fd)
-        self._fd = self.direct = -1
+        self._fd = self._direct = -1
 
     def _transfer(self, call: Callable[[int, Any, int], int], offset: int, buffers: Sequence[memoryview]) -> None:
-        fd = self._fd if self.direct < 0 else self.direct
+        fd = self._fd if self._direct < 0 else self._direct
         rest = [buffer for buffer in buffers if len(buffer)]
         while rest:
             try:
@@ -235,11 +261,3 @@ def _remedy(error: OSError, writing: bool) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
         return "get the right to write to it, or add ro or snapshot" if writing else "get the right to read it"
     return "give a file that can be opened"
-
-
-def _open_direct(fd: int, name: str, flags: int) -> int:
-    try:
-        return os.open(f"/proc/self/fd/{fd}", flags | os.O_DIRECT)
-    except OSError as error:
-        remedy = "use cache=writeback, or put it on another file system"
-        raise HostError(f"{name}: its file system refuses cache=direct ({error.strerror})", remedy) from None

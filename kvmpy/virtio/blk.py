@@ -98,6 +98,7 @@ class Blk(VirtioDevice):
     snapshot   the image stays as it is: what the guest writes is forgotten at the end
     queues     1 to 16, for guests with as many CPUs
     format     raw or qcow2; it is never guessed
+    backing    open the backing file that a qcow2 image names
     bandwidth  bytes per second, such as 10M
     iops       requests per second
     """
@@ -115,6 +116,7 @@ class Blk(VirtioDevice):
         snapshot: bool = False,
         queues: int = 1,
         format: str = "raw",
+        backing: bool = False,
         bandwidth: str | None = None,
         iops: int | None = None,
     ) -> None:
@@ -130,7 +132,13 @@ class Blk(VirtioDevice):
         self._id = serial.encode().ljust(ID_BYTES, b"\0")
         self._bandwidth = None if bandwidth is None else parse_bandwidth(bandwidth)
         self._iops = iops
-        self._options: dict[str, Any] = {"read_only": ro, "cache": cache, "snapshot": snapshot, "format": format}
+        self._options: dict[str, Any] = {
+            "read_only": ro,
+            "cache": cache,
+            "snapshot": snapshot,
+            "format": format,
+            "backing": backing,
+        }
         self._image: Image | None = None
         self._limit: RateLimit | None = None
         self._first = 0  # the queue that is served first after a wait
@@ -164,7 +172,6 @@ class Blk(VirtioDevice):
 
     def activate(self, features: int, queues: Sequence[VirtQueue]) -> None:
         self._accepted = features
-        self._serve_all()  # a machine that was restored has requests waiting
 
     def resize(self) -> None:
         """Look how large the image is now, and tell the driver (with `lock` held). Raises ConfigError if it cannot

@@ -29,6 +29,7 @@ class VirtioDevice(Device):
     queue_sizes: Sequence[int] = ()  # the most entries of each queue: powers of two
     features: int = 0  # what the device offers, of its own type's bits
     config: bytes | bytearray = b""  # the configuration space, as it reads
+    modules: Sequence[str] = ()  # the driver in the guest, where it is no part of the kernel
 
     board: Board
     queues: Sequence[VirtQueue] = ()  # while the driver is up
@@ -62,6 +63,9 @@ class VirtioDevice(Device):
         """Have `notify` called for queue `index` on the event loop, as after a kick (with `lock` held, any thread)."""
         if self._kick is not None:
             self._kick(index)
+
+    def close(self) -> None:
+        """Give back what the host lent; called once, after the last `reset`."""
 
     def state(self) -> dict[str, Any]:
         """What the device knows besides its queues, as plain values, with its version."""

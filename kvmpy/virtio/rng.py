@@ -20,6 +20,7 @@ class Rng(VirtioDevice):
 
     type_id = Type.ENTROPY
     queue_sizes = (64,)
+    modules = ("virtio-rng",)
 
     def notify(self, index: int, queue: VirtQueue) -> None:
         for chain in queue.available():

@@ -47,3 +47,15 @@ def test_the_limit_counts_bytes_without_the_nul() -> None:
         ConfigError, match="has 2048 bytes, this kernel takes 2047; make --cmdline/--append shorter by 1"
     ):
         cmdline.encode("ä" * 1024, 2047)
+
+
+@pytest.mark.parametrize(
+    ("line", "modules"),
+    [
+        ("console=ttyS0 quiet", []),
+        ("root=/dev/vda rw", ["ext4"]),
+        ("root=LABEL=r rootfstype=xfs rootfstype=btrfs", ["btrfs"]),
+    ],
+)
+def test_driver_of_the_root_file_system(line: str, modules: list[str]) -> None:
+    assert cmdline.root_modules(line) == modules
