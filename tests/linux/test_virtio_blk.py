@@ -29,7 +29,7 @@ say blocks cat vda/queue/logical_block_size vda/queue/physical_block_size
 say mount 'mount -t ext4 /dev/vda /mnt && echo yes'
 say written 'dd if=/dev/urandom of=/mnt/random bs=1M count=8 2>/dev/null; sha256sum < /mnt/random'
 say again 'sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum < /mnt/random'
-dd if=/dev/zero of=/mnt/big bs=1M count=16 2>/dev/null; sync; rm /mnt/big
+dd if=/dev/zero of=/mnt/big bs=1M count=16 2>/dev/null; sync; rm /mnt/big; sync
 say trim 'fstrim -v /mnt | grep -c trimmed'
 say umount 'umount /mnt && echo yes'
 say read 'sha256sum < /dev/vdb'
@@ -62,7 +62,7 @@ class Session:
         with machine:
             machine.wait(LIMIT)
         lines = (line.split(": ", 1) for line in machine.console.text.splitlines() if ": " in line)
-        self.said = {line[0]: line[1].removesuffix("  -") for line in lines}
+        self.said = {line[0]: line[1].removesuffix(" -") for line in lines}
 
 
 def tool(*words: str | Path) -> str:
