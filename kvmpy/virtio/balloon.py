@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core.board import Board
 from ..core.errors import ConfigError, HostError
@@ -62,7 +62,7 @@ class Balloon(VirtioDevice):
 
     type_id = Type.BALLOON
     queue_sizes = (QUEUE_SIZE,) * 5
-    modules: ClassVar[tuple[str, ...]] = ("virtio_balloon",)
+    modules = ("virtio_balloon",)
     config: bytearray
 
     def __init__(self, *, deflate_on_oom: bool = True, stats: int = 0, reporting: bool = True) -> None:
