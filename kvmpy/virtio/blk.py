@@ -163,7 +163,7 @@ class Blk(VirtioDevice):
         self.space = self._config(image)
         self.config = self.space.buf
         if self._bandwidth or self._iops:
-            self._limit = RateLimit(board.loop, self, self._serve_all, bandwidth=self._bandwidth, iops=self._iops)
+            self._limit = RateLimit(board.loop, self, self._resume, bandwidth=self._bandwidth, iops=self._iops)
         try:
             super().attach(board)
         except BaseException:
@@ -203,19 +203,19 @@ class Blk(VirtioDevice):
         if image is None or (limit is not None and limit.waiting):
             return
         for chain in queue.available():
-            self._serve(image, chain)
+            self._request(image, chain)
             queue.push(chain)
             if limit is not None and not limit.spend(max(chain.size, chain.capacity)):
                 return  # what else is in the queue stays there until the limit's timer
 
-    def _serve_all(self) -> None:
+    def _resume(self) -> None:
         """Each time another queue comes first: under a limit that may be the only one that is served."""
         count = len(self.queue_sizes)
         for number in range(count):
-            self.serve_later((self._first + number) % count)
+            self.serve((self._first + number) % count)
         self._first = (self._first + 1) % count
 
-    def _serve(self, image: Image, chain: Chain) -> None:
+    def _request(self, image: Image, chain: Chain) -> None:
         """Do one request and write its status, which is the last byte of the chain (5.2.6)."""
         room = chain.capacity - 1
         if room < 0:
