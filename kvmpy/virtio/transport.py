@@ -32,7 +32,7 @@ class VirtioCore:
         self.status = 0
         self.accepted = 0
         device._tell_config = self._config_changed
-        device._kick = self.kick
+        device._serve = self.notify
 
     # Status.
 
