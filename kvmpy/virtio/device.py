@@ -33,6 +33,7 @@ class VirtioDevice(Device):
     board: Board
     queues: Sequence[VirtQueue] = ()  # while the driver is up
     _tell_config: Callable[[], None] | None = None
+    _serve: Callable[[int], None] | None = None
 
     def attach(self, board: Board) -> None:
         """Put the device on the board, which brings the transport."""
@@ -56,6 +57,12 @@ class VirtioDevice(Device):
         """Tell the driver to read `config` again (for the device itself, with `lock` held)."""
         if self._tell_config is not None:
             self._tell_config()
+
+    def serve(self, index: int) -> None:
+        """Have `notify` called for queue `index`, as if the driver had kicked it: the host is ready for what waits
+        there (for the device itself, on the event loop, with `lock` held)."""
+        if self._serve is not None:
+            self._serve(index)
 
     def state(self) -> dict[str, Any]:
         """What the device knows besides its queues, as plain values, with its version."""
