@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import select
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -342,8 +343,8 @@ class Net(VirtioDevice):
 
     def _ready(self) -> None:
         """The host has a frame or has room, whichever is waited for; or it has hung up. On the event loop."""
-        if not self._events:
-            self._host(_drain, None)
+        if not self._events:  # or an event of the same turn as the one after which nothing was waited for
+            self._host(_drain_ended, None)
         for index, event in WAKES.items():
             if self._waiting & event:
                 self._waiting &= ~event
@@ -435,11 +436,12 @@ def _take_offloads(backend: NetBackend, features: int) -> None:
         backend.set_offloads(sum(flag for feature, flag in TUN_F.items() if features & feature))
 
 
-def _drain(backend: NetBackend) -> None:
-    """Read what nobody will take from an end that has hung up, until it says so."""
-    for _ in range(BATCH):
-        if backend.receive() is None:
-            return
+def _drain_ended(backend: NetBackend) -> None:
+    """If the other end has hung up, read what nobody will take, until the backend says so with an error."""
+    poll = select.poll()
+    poll.register(backend, 0)
+    for _ in range(BATCH if poll.poll(0) else 0):
+        backend.receive()
 
 
 def _fill(chains: list[Chain], header: Header, frame: memoryview) -> None:

@@ -61,5 +61,5 @@ def test_half_a_packet_is_taken_back(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match='cannot write the capture ".*/none/capture": No such file or directory'):
+    with pytest.raises(HostError, match=r'cannot write the capture ".*/none/capture": No such file or directory'):
         Pcap(tmp_path / "none" / "capture")
