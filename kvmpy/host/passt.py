@@ -96,7 +96,7 @@ class Passt(FrameStream):
             forward.check()
         command = [program, "--foreground", "--quiet", *_ports(forwards)]
         command += ["--mtu", str(mtu)] if mtu is not None else []
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         near, far = socket.socketpair()
         super().__init__(near, "passt")
         self._words, words = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # a passt that says too much must not wait for us
@@ -106,7 +106,7 @@ class Passt(FrameStream):
                 ready = Path(folder, "ready")
                 os.mkfifo(ready)
                 ready.chmod(0o622)
-                self._process = subprocess.Popen(
+                self.process = subprocess.Popen(
                     [*command, "--fd", str(far.fileno()), "--pid", str(ready)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -114,7 +114,7 @@ class Passt(FrameStream):
                     pass_fds=[far.fileno()],
                     start_new_session=True,  # a Ctrl-C at the terminal is not for it
                 )
-                self._await(self._process, ready)
+                self._await(self.process, ready)
         except OSError as error:
             self.close()
             raise HostError(f"cannot start passt: {error.strerror}") from None
@@ -127,13 +127,13 @@ class Passt(FrameStream):
 
     def close(self) -> None:
         super().close()
-        if self._process is not None:
+        if self.process is not None:
             try:
-                self._process.wait(END_SECONDS)
+                self.process.wait(END_SECONDS)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
+                self.process.kill()
+                self.process.wait()
+            self.process = None
         if self._words >= 0:
             os.close(self._words)
             self._words = -1
@@ -157,7 +157,7 @@ class Passt(FrameStream):
     def _broken(self, why: str) -> HostError:
         """Its socket has failed: most likely, it has ended."""
         try:
-            status = self._process.wait(END_SECONDS) if self._process is not None else None
+            status = self.process.wait(END_SECONDS) if self.process is not None else None
         except subprocess.TimeoutExpired:
             status = None
         if status is None:

@@ -101,4 +101,5 @@ class Tap:
             self._fd = -1
 
     def _gone(self, error: OSError) -> HostError:
-        return HostError(f"tap interface {self.name}: {error.strerror}")
+        why = "is gone" if error.errno == errno.EBADFD else f"fails: {error.strerror}"
+        return HostError(f"tap interface {self.name} {why}")
