@@ -138,7 +138,7 @@ class Net(VirtioDevice):
         self._mtu = mtu or 0
         self._pcap_path = pcap
         self._pcap: Pcap | None = None
-        self._backend: NetBackend | None = None
+        self.backend: NetBackend | None = None
         self._vnet = False  # the backend's frames have a header
         self._events = -1  # what the loop watches the backend for; -1: nothing, not even its end
         self.features = NET_F.MAC | NET_F.STATUS | NET_F.MRG_RXBUF
@@ -151,7 +151,7 @@ class Net(VirtioDevice):
         super().attach(board)
         if self._pcap_path is not None:
             self._pcap = Pcap(self._pcap_path)
-        self._backend = backend = self.open()
+        self.backend = backend = self.open()
         self._vnet = backend is not None and backend.vnet_header
         if not any(self.mac):
             self.mac = default_mac(board, f"tap {backend.name}" if isinstance(backend, tap.Tap) else self._place)
@@ -209,7 +209,7 @@ class Net(VirtioDevice):
     @property
     def link(self) -> bool:
         """Whether there is somebody at the other end."""
-        return self._backend is not None
+        return self.backend is not None
 
     # From the guest.
 
@@ -330,10 +330,10 @@ class Net(VirtioDevice):
 
     def _host(self, ask: Callable[[NetBackend], T], gone: T) -> T:
         """What the backend answers; `gone` when there is none, or none any more."""
-        if self._backend is None:
+        if self.backend is None:
             return gone
         try:
-            return ask(self._backend)
+            return ask(self.backend)
         except HostError as error:
             self.board.log("a network link is down", mac=self.mac.hex(":"), why=str(error))
             self._unplug()
@@ -353,21 +353,21 @@ class Net(VirtioDevice):
 
     def _watch(self) -> None:
         """Watch the backend for what is waited for, and always for its end."""
-        if self._backend is None or self._events == self._waiting:
+        if self.backend is None or self._events == self._waiting:
             return
-        descriptor = self._backend.fileno()
+        descriptor = self.backend.fileno()
         if self._events >= 0:
             self.board.loop.remove(descriptor)
         self._events = self._waiting
         self.board.loop.add(descriptor, self._ready, events=self._events, owner=self)
 
     def _unplug(self) -> None:
-        if self._backend is not None:
+        if self.backend is not None:
             if self._events >= 0:
-                self.board.loop.remove(self._backend.fileno())
+                self.board.loop.remove(self.backend.fileno())
                 self._events = -1
-            self._backend.close()
-            self._backend = None
+            self.backend.close()
+            self.backend = None
 
     def _record(self, frame: Sequence[Frame]) -> None:
         if self._pcap is not None:

@@ -106,7 +106,7 @@ def test_passt_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
-    with pytest.raises(HostError, match="passt does not start: No routable interface; try it by hand"):
+    with pytest.raises(HostError, match="passt does not start: No routable interface; it needs"):
         Passt()
 
 
