@@ -189,7 +189,8 @@ class Qcow2:
         length = total(buffers)
         inside = min(length, max(self._backing.size - offset, 0))
         cursor = Cursor(buffers)
-        self._backing.readv(offset, cursor.take(inside))
+        if inside:
+            self._backing.readv(offset, cursor.take(inside))
         fill_zeros(cursor.take(length - inside))
 
     def _find(self, offset: int, length: int) -> tuple[Kind, int, int]:

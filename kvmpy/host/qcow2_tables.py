@@ -9,6 +9,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import pairwise
 
 from .image_file import ImageFile
 
@@ -114,7 +115,7 @@ class Reserved:
 
     def twice(self) -> int | None:
         """A cluster that was given twice."""
-        return next((a for a, b in zip(self._clusters, self._clusters[1:], strict=False) if a == b), None)
+        return next((a for a, b in pairwise(self._clusters) if a == b), None)
 
     def overlaps(self, first: int, count: int) -> bool:
         """Whether any of `count` clusters from `first` on is reserved."""
