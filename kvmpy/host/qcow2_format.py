@@ -217,7 +217,9 @@ class _Check:
 
     def place(self, field: str, offset: int, length: int, cluster_size: int) -> None:
         self.that(offset > 0 and offset % cluster_size == 0, f"has {field} {offset:#x}, not a cluster's offset")
-        self.that(offset + length <= self._file_size, f"has {field} {offset:#x}, which is outside the file")
+        self.that(
+            offset + length <= self._file_size, f"has {field} {offset:#x}: outside the file, or its {length} bytes are"
+        )
 
 
 def _check_features(incompatible: int, check: _Check) -> None:

@@ -523,9 +523,13 @@ class Journal:
         monkeypatch.setattr(ImageFile, "writev", record)
         monkeypatch.setattr(ImageFile, "sync", lambda file: self.events.append(None))
 
-    def crash(self, image: bytes, rng: random.Random) -> tuple[bytes, int]:
-        """A file after a power failure at some moment: all before the last sync, of the rest some. And the moment."""
-        moment = rng.randrange(len(self.events) + 1)
+    def moments(self, count: int, rng: random.Random) -> list[int]:
+        """`count` places in the journal at random, and those behind each change of the header, which are few."""
+        header = [n + 1 for n, event in enumerate(self.events) if event is not None and event[0] < 112]
+        return rng.choices(range(len(self.events) + 1), k=count) + 4 * header
+
+    def crash(self, image: bytes, moment: int, rng: random.Random) -> bytes:
+        """The file after a power failure at that moment: all that was before the last sync, some of the rest."""
         synced = max((n for n in range(moment) if self.events[n] is None), default=0)
         data = bytearray(image)
         for n, event in enumerate(self.events[:moment]):
@@ -533,7 +537,7 @@ class Journal:
                 offset, written = event
                 data.extend(bytes(max(offset + len(written) - len(data), 0)))
                 data[offset : offset + len(written)] = written
-        return bytes(data), moment
+        return bytes(data)
 
 
 CRASHES = {
@@ -568,9 +572,8 @@ def test_power_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     model.disk.close()
 
     broken = tmp_path / "broken.qcow2"
-    for _ in range(25):
-        data, moment = journal.crash(image, rng)
-        broken.write_bytes(data)
+    for moment in journal.moments(25, rng):
+        broken.write_bytes(journal.crash(image, moment, rng))
         oldest = max(state for events, state in durable if events <= moment)
         possible = [data for events, data in states[oldest:] if events <= moment]
 
