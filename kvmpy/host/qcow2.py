@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from enum import Enum, auto
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,7 @@ from .qcow2_refcounts import Refcounts
 from .qcow2_tables import QWORD, Reserved, Tables, decode
 
 MAX_CHAIN = 16  # images that back one another
-MAX_RESERVED = 4 << 20  # clusters of tables
+MAX_RESERVED = 3 << 20  # clusters of tables: all that L1 and refcount table can name, and 1 Mi of others
 FORMATS = ("raw", "qcow2")  # of a backing file
 
 
@@ -66,14 +67,14 @@ class Qcow2:
         read_only: bool = False,
         backing: bool = False,
         unsafe: bool = False,
-        _chain: tuple[tuple[int, int], ...] = (),  # the files in front of this one
+        _before: tuple[tuple[int, int], ...] = (),  # the files in front of this one
     ) -> None:
         self.path = path
         self.read_only = read_only
         self._backing: Backing | None = None
         self._file = ImageFile(path, read_only=read_only, unsafe=unsafe)
         try:
-            self._open(qcow2_format.read_header(self._file), backing, (*_chain, self._file.identity))
+            self._open(qcow2_format.read_header(self._file), backing, (*_before, self._file.identity))
         except OSError as error:
             self._abandon()
             raise ImageError(f"qcow2 image {path} cannot be read: {error.strerror}", qcow2_format.UNDAMAGED) from None
@@ -81,7 +82,7 @@ class Qcow2:
             self._abandon()
             raise
 
-    def _open(self, header: Header, backing: bool, chain: tuple[tuple[int, int], ...]) -> None:
+    def _open(self, header: Header, backing: bool, files: tuple[tuple[int, int], ...]) -> None:
         self.size = header.size  # bytes
         self._bits = header.cluster_bits
         self._cluster = header.cluster_size
@@ -100,7 +101,7 @@ class Qcow2:
         if not self.read_only:
             self._open_for_writing(header)
         if header.backing_file is not None:
-            self._open_backing(header, backing, chain)
+            self._open_backing(header, backing, files)
         if not self.read_only and header.autoclear_features:
             # None of them is kept true by what is done here: they must go before anything is written.
             self._file.write(qcow2_format.AUTOCLEAR_FEATURES, bytes(8))
@@ -109,27 +110,26 @@ class Qcow2:
         for feature, state in ((INCOMPATIBLE.CORRUPT, "damaged"), (INCOMPATIBLE.DIRTY, "dirty, not closed properly")):
             if header.incompatible_features & feature:
                 raise ImageError(f"qcow2 image {self.path} is marked as {state}", f"{REPAIR}, or open it read-only")
-        table = header.refcount_table_clusters << self._bits
+        refcount_table = qcow2_format.read_refcount_table(self._file, header)
         areas = [
             (0, self._cluster),
             (self._l1_offset, 8 * len(self._l1)),
-            (header.refcount_table_offset, table),
+            (header.refcount_table_offset, 8 * len(refcount_table)),
             *qcow2_format.snapshot_areas(self._file, header),
         ]
-        areas += ((entry & ENTRY.OFFSET, self._cluster) for entry in self._l1 if entry)
-        areas += ((entry, self._cluster) for entry in qcow2_format.read_refcount_table(self._file, header) if entry)
-        clusters = [range(offset >> self._bits, -(-(offset + length) >> self._bits)) for offset, length in areas]
-        if sum(map(len, clusters)) > MAX_RESERVED:
+        runs = [range(offset >> self._bits, -(-(offset + length) >> self._bits)) for offset, length in areas]
+        if sum(map(len, runs)) + len(self._l1) + len(refcount_table) > MAX_RESERVED:
             raise ImageError(
                 f"qcow2 image {self.path} has more tables than can be used", "flatten it: qemu-img convert"
             )
-        self._reserved = Reserved(cluster for run in clusters for cluster in run)
+        tables = ((entry & ENTRY.OFFSET) >> self._bits for entry in chain(self._l1, refcount_table) if entry)
+        self._reserved = Reserved(chain(*runs, tables))
         twice = self._reserved.twice()
         if twice is not None:
             raise ImageError(f"qcow2 image {self.path} uses cluster {twice} for two tables", REPAIR)
-        self._refcounts = Refcounts(self._file, header, self._reserved)
+        self._refcounts = Refcounts(self._file, header, refcount_table, self._reserved)
 
-    def _open_backing(self, header: Header, asked: bool, chain: tuple[tuple[int, int], ...]) -> None:
+    def _open_backing(self, header: Header, asked: bool, files: tuple[tuple[int, int], ...]) -> None:
         name, kind = header.backing_file or "", header.backing_format
         image = f"qcow2 image {self.path}"
         flatten = f"make one without: `qemu-img convert -O qcow2 {self.path} NEW`"
@@ -144,7 +144,7 @@ class Qcow2:
             raise ImageError(f"{image} names the backing file {name!r} {stated}", remedy)
         if ":" in name.split("/")[0]:  # nbd://..., json:{...}: what QEMU calls a protocol
             raise ImageError(f"{image} has the backing file {name!r}, which is no plain file", flatten)
-        if len(chain) >= MAX_CHAIN:
+        if len(files) >= MAX_CHAIN:
             raise ImageError(f"{image} is at the end of a chain of {MAX_CHAIN} images, and has another", flatten)
         path = self.path.parent / name
         try:
@@ -153,11 +153,11 @@ class Qcow2:
             remedy = f"put it there, or `qemu-img rebase -u -b FILE -F {kind} {self.path}`"
             raise NotFoundError(f"{image}: its backing file {path} does not exist", remedy) from None
         self._backing = raw
-        if raw.identity in chain:
+        if raw.identity in files:
             raise ImageError(f"{image} has the backing file {name!r}, which is backed by it: a cycle", flatten)
         if kind == "qcow2":
             raw.close()
-            self._backing = Qcow2(path, read_only=True, backing=True, _chain=chain)
+            self._backing = Qcow2(path, read_only=True, backing=True, _before=files)
 
     # Reading.
 
@@ -438,12 +438,15 @@ class Qcow2:
 
     def _clear_in_table(self, start: int, stop: int, keep: bool) -> None:
         l1_index, first, behind, _ = self._place(start, stop - start)
+        cleared = 0 if self._backing is None else ENTRY.ZERO
+        at = self._l1[l1_index] & ENTRY.OFFSET
+        if at and all(entry == cleared for entry in self._l2.get(at)[first:behind]):
+            return
         table_offset = self._own_l2_table(l1_index)
         old = self._l2.get(table_offset)[first:behind]
         for entry in old:
             self._locate(entry, start)
             self._check_releasable(entry)
-        cleared = 0 if self._backing is None else ENTRY.ZERO
         table = self._l2.edit(table_offset)
         for k, entry in enumerate(old):
             if keep and entry & ENTRY.COPIED:

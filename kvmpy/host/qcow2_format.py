@@ -185,7 +185,7 @@ def check_table(entries: Iterator[int], what: str, file: ImageFile, cluster_size
     """Raise ImageError unless all `entries` that are used name a whole cluster of `file`."""
     check = _Check(file.path, file.size)
     for number, entry in enumerate(entries):
-        if entry:
+        if entry and (entry % cluster_size or entry + cluster_size > file.size):
             check.place(f"{what} table entry {number}", entry, cluster_size, cluster_size)
 
 

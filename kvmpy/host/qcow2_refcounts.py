@@ -11,7 +11,7 @@ import errno
 from array import array
 
 from .image_file import ImageFile
-from .qcow2_format import MAX_TABLE, REFCOUNT_TABLE, REFCOUNT_TABLE_OFFSET, REPAIR, Header, read_refcount_table
+from .qcow2_format import MAX_TABLE, REFCOUNT_TABLE, REFCOUNT_TABLE_OFFSET, REPAIR, Header
 from .qcow2_tables import QWORD, Reserved, Tables, decode, encode
 
 MAX_RELEASED = 65536  # notes that wait for `settle`
@@ -19,9 +19,9 @@ MAX_FILE = 1 << 56  # an L2 entry reaches no further
 
 
 class Refcounts:
-    """The refcount table and blocks of `file`. Raises ImageError for a table that points nowhere; methods OSError."""
+    """The refcount table and blocks of `file`. Methods raise OSError."""
 
-    def __init__(self, file: ImageFile, header: Header, reserved: Reserved) -> None:
+    def __init__(self, file: ImageFile, header: Header, table: array[int], reserved: Reserved) -> None:
         self._file = file
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
@@ -29,7 +29,7 @@ class Refcounts:
         self._reserved = reserved
         self._blocks = Tables(file, header.cluster_size, header.refcount_order)
         self._table_offset = header.refcount_table_offset
-        self._table = read_refcount_table(file, header)
+        self._table = table  # offsets of blocks
         self._table_dirty: set[int] = set()  # entries that are not yet in the file
         self._hint = 0  # no cluster before this one is free
         self._released: list[tuple[int, int]] = []  # runs of clusters: the first one, how many
