@@ -105,6 +105,7 @@ class Qcow2:
         if not self.read_only and header.autoclear_features:
             # None of them is kept true by what is done here: they must go before anything is written.
             self._file.write(qcow2_format.AUTOCLEAR_FEATURES, bytes(8))
+            self._file.sync()
 
     def _open_for_writing(self, header: Header) -> None:
         for feature, state in ((INCOMPATIBLE.CORRUPT, "damaged"), (INCOMPATIBLE.DIRTY, "dirty, not closed properly")):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 KIB = 1024
 SIZE = 1 << 20
 FEW = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # each example runs programs: shrinking takes minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -461,10 +462,10 @@ class FullDisk(ImageFile):
 
     full = False
 
-    def writev(self, offset: int, buffers: object) -> None:
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         if self.full:
-            raise OSError(28, "No space left on device")
-        super().writev(offset, buffers)  # type: ignore[arg-type]
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().writev(offset, buffers)
 
 
 @pytest.mark.parametrize("before", [b"", b"a" * 8192], ids=["empty", "used"])
@@ -488,6 +489,55 @@ def test_goes_on_when_there_is_space_again(
 
     check(path)
     assert content(path)[: 4096 + 65536] == before[:4096].ljust(4096, b"\0") + b"d" * 65536
+
+
+class FlakyDisk(ImageFile):
+    """A file of which every now and then a write fails for lack of space, after some of it was written."""
+
+    rng = random.Random(0)
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        if self.rng.random() < 0.2:
+            super().writev(offset, buffers[: len(buffers) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().writev(offset, buffers)
+
+
+@pytest.mark.parametrize("snapshots", [(), ("then",)], ids=["", "snapshot"])
+@pytest.mark.parametrize("name", ["v2", "v3", "512 bytes, 64-bit counts", "2 MiB"])
+@pytest.mark.parametrize("seed", range(2))
+def test_failures_at_any_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, snapshots: tuple[str, ...], seed: int
+) -> None:
+    path = convert(tmp_path, pattern(3 * SIZE), "-c", "-o", VARIANTS[name])
+    for snapshot in snapshots:
+        run("qemu-img", "snapshot", "-c", snapshot, path)
+    monkeypatch.setattr("kvmpy.host.qcow2.ImageFile", FlakyDisk)
+    rng = random.Random(seed)
+    FlakyDisk.rng = random.Random(seed)
+    model = Model(Qcow2(path, unsafe=True), pattern(3 * SIZE))
+    failures = 0
+    for n in range(150):
+        offset, length = rng.randrange(6144) * 512, rng.choice([1, 8, 300]) * 512
+        length = min(length, 3 * SIZE - offset)
+        before = model.data[offset : offset + length]
+        operation = rng.choice([model.write, model.write, model.zeroes, model.discard, model.flush])
+        try:
+            operation(offset, length, n)
+        except OSError:
+            failures += 1
+            after = read(model.disk, offset, length)
+            new = random.Random(n).randbytes(length)
+            for at in range(0, length, 512):
+                assert after[at : at + 512] in (before[at : at + 512], new[at : at + 512], bytes(512))
+            model.data[offset : offset + length] = after
+        model.read(offset, length, 0)
+    monkeypatch.setattr(FlakyDisk, "writev", ImageFile.writev)
+    model.disk.close()
+
+    check(path)
+    assert failures
+    assert content(path) == model.data
 
 
 def test_flush_stays_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
