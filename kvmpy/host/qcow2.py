@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
-from ..core.errors import ImageError, NotFoundError
+from ..core.errors import HostError, ImageError, NotFoundError
 from . import qcow2_format
 from .image_file import ZEROS, Cursor, ImageFile, fill_zeros, total
 from .qcow2_compression import BadData, decompressor
@@ -149,16 +149,18 @@ class Qcow2:
             raise ImageError(f"{image} is at the end of a chain of {MAX_CHAIN} images, and has another", flatten)
         path = self.path.parent / name
         try:
-            raw = ImageFile(path, read_only=True)
-        except NotFoundError:
+            info = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
             remedy = f"put it there, or `qemu-img rebase -u -b FILE -F {kind} {self.path}`"
             raise NotFoundError(f"{image}: its backing file {path} does not exist", remedy) from None
-        self._backing = raw
-        if raw.identity in files:
+        except OSError as error:
+            raise HostError(f"{image}: its backing file {path}: {error.strerror}", "make it readable") from None
+        if (info.st_dev, info.st_ino) in files:  # before it is opened, which a lock of ours may forbid
             raise ImageError(f"{image} has the backing file {name!r}, which is backed by it: a cycle", flatten)
         if kind == "qcow2":
-            raw.close()
             self._backing = Qcow2(path, read_only=True, backing=True, _before=files)
+        else:
+            self._backing = ImageFile(path, read_only=True)
 
     # Reading.
 

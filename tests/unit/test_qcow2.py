@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from kvmpy.core.errors import ImageError, NotFoundError
+from kvmpy.core.errors import ImageError, KvmpyError, NotFoundError
 from kvmpy.host.image_file import ImageFile
 from kvmpy.host.qcow2 import MAX_CHAIN, Qcow2
 
@@ -188,6 +188,21 @@ def test_backing_file_is_missing(backed: Path) -> None:
     (backed.parent / "base.raw").unlink()
 
     with pytest.raises(NotFoundError, match="does not exist"):
+        Qcow2(backed, backing=True)
+
+
+@pytest.mark.parametrize(("name", "said"), [("n" * 300, "too long"), (".", "is a directory"), ("a.qcow2", "a cycle")])
+def test_backing_file_that_cannot_be_opened(backed: Path, name: str, said: str) -> None:
+    run("qemu-img", "rebase", "-u", "-b", name, "-F", "raw", backed)
+
+    with pytest.raises(KvmpyError, match=said):
+        Qcow2(backed, backing=True)
+
+
+def test_backing_file_is_damaged(backed: Path) -> None:
+    run("qemu-img", "rebase", "-u", "-b", "base.raw", "-F", "qcow2", backed)
+
+    with pytest.raises(ImageError, match=r"base\.raw is no qcow2 image"):
         Qcow2(backed, backing=True)
 
 
