@@ -85,6 +85,9 @@ class VirtioCore:
     def device_features(self, half: int) -> int:
         return self.offered >> 32 * half & HALF if half < 2 else 0
 
+    def accepted_features(self, half: int) -> int:
+        return self.accepted >> 32 * half & HALF if half < 2 else 0
+
     def accept_features(self, half: int, value: int) -> None:
         """The driver writes half of the features that it takes; later than FEATURES_OK nothing changes."""
         if half < 2 and not self.status & STATUS.FEATURES_OK:
@@ -187,3 +190,13 @@ class VirtioCore:
             raise ValueError(str(error)) from None
         if self.running:
             self._start_device()
+
+
+def low(address: int, value: int) -> int:
+    """`address` with the lower word replaced."""
+    return address & ~0xFFFFFFFF | value
+
+
+def high(address: int, value: int) -> int:
+    """`address` with the upper word replaced."""
+    return address & 0xFFFFFFFF | value << 32
