@@ -106,7 +106,7 @@ class StepLoop(EventLoop):
     """An EventLoop without a thread, a descriptor or a clock: the test says what happens and when.
 
     `turn()` runs what call_soon has queued, `advance(seconds)` what is due by then, `ready(fd)` the callback of a
-    descriptor. An owner's lock is held, as by the real loop.
+    descriptor. An owner's lock is held, as by the real loop. `watched` has the events of each descriptor.
     """
 
     def __init__(self) -> None:
@@ -114,18 +114,24 @@ class StepLoop(EventLoop):
         self._queue: list[tuple[Callable[[], None], Any]] = []
         self._due: list[tuple[float, Callable[[], None], Any]] = []
         self._watched: dict[int, tuple[Callable[[], None], Any]] = {}
+        self.watched: dict[int, int] = {}
 
     def add(self, fd: int, callback: Callable[[], None], *, events: int = READ, owner: Any = None) -> None:
         self._watched[fd] = (callback, owner)
+        self.watched[fd] = events
 
     def remove(self, fd: int) -> None:
         self._watched.pop(fd, None)
+        self.watched.pop(fd, None)
 
     def call_soon(self, callback: Callable[[], None], *, owner: Any = None) -> None:
         self._queue.append((callback, owner))
 
     def after(self, seconds: float, callback: Callable[[], None], *, owner: Any = None) -> None:
         self._due.append((self.now + seconds, callback, owner))
+
+    def time(self) -> float:
+        return self.now
 
     def start(self) -> None:
         pass

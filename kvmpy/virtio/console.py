@@ -62,7 +62,7 @@ class Port:
              true; the same rules
     """
 
-    def __init__(self, device: VirtioDevice, number: int, name: str, on_data: OnData | None = None) -> None:
+    def __init__(self, device: VirtioConsole, number: int, name: str, on_data: OnData | None = None) -> None:
         self.number = number
         self.name = name
         self.on_data = on_data
@@ -86,14 +86,14 @@ class Port:
         taken = min(len(data), INPUT_LIMIT - len(self._input))
         self._short = taken < len(data)
         self._input += data[:taken]
-        self._device.serve_later(self.receive_queue)
+        self._device.serve_soon(self.receive_queue)
         return taken
 
     def drained(self) -> None:
         """The owner has room again."""
         if self._full:
             self._full = False
-            self._device.serve_later(self.transmit_queue)
+            self._device.serve_soon(self.transmit_queue)
 
     # For the device.
 
@@ -265,10 +265,15 @@ class VirtioConsole(VirtioDevice):
     def _port(self, number: int) -> Port | None:
         return self.ports[number] if number < len(self.ports) else None
 
+    def serve_soon(self, index: int) -> None:
+        """Look at queue `index` on the event loop, whose thread this need not be; all are looked at when they start."""
+        if self.queues:
+            self.board.loop.call_soon(lambda: self.serve(index), owner=self)
+
     def _tell(self, port: Port, *events: int) -> None:
         for event in events:
             self._messages[port.number, event] = None
-        self.serve_later(CONTROL_RECEIVE)
+        self.serve_soon(CONTROL_RECEIVE)
 
     def _send(self, queue: VirtQueue) -> None:
         while self._messages:

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from kvmpy.console import OUTPUT_LIMIT, Console
+from kvmpy.console import LINGER, OUTPUT_LIMIT, Console
 from kvmpy.core.errors import ConfigError
 from kvmpy.testing import FakeBoard, RingDriver
 from kvmpy.virtio import console
@@ -501,6 +501,7 @@ def test_behind_a_console(board: FakeBoard, device: VirtioConsole, driver: RingD
     machine_console.send("root\n")
     for _ in range(4):
         board.steps.turn()
+    board.steps.advance(LINGER)
 
     assert machine_console.text == "login: "
     assert driver.request(RX, writable=[16]) == b"root\n"
