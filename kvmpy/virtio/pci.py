@@ -101,8 +101,7 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
         notify_size = NOTIFY_MULTIPLIER * len(device.queue_sizes)
         self._add(NOTIFY_CFG, NOTIFY, notify_size, struct.pack("<I", NOTIFY_MULTIPLIER))
         self._add(ISR_CFG, ISR, 1)
-        if device.config:
-            self._add(DEVICE_CFG, CONFIG, len(device.config))
+        self._add(DEVICE_CFG, CONFIG, PAGE)  # some devices know their configuration only after this; the rest reads 0
         # 4.1.4.9: bar, offset, length and data are the driver's, to reach the BAR through the configuration space
         mask = CAP.pack(0, 0, 0xFF, 0, 0xFFFFFFFF, 0xFFFFFFFF) + b"\xff" * 4
         self._window = self._add(PCI_CFG, 0, 0, bytes(4), mask)

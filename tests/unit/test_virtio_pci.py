@@ -114,7 +114,7 @@ def test_capabilities(board: FakeBoard, device: Probe) -> None:
         (16, 1, 0, 0x0000, 0x38),  # length, type, bar, offset, length
         (20, 2, 0, 0x3000, 8),
         (16, 3, 0, 0x1000, 1),
-        (16, 4, 0, 0x2000, 12),
+        (16, 4, 0, 0x2000, 0x1000),
         (20, 5, 0, 0, 0),
     ]
     assert found[1][16:] == struct.pack("<I", 4)  # notify_off_multiplier
@@ -122,13 +122,17 @@ def test_capabilities(board: FakeBoard, device: Probe) -> None:
     assert all(at % 4 == 0 for at, _ in capabilities(board))
 
 
-def test_device_without_configuration_has_no_structure_for_it(board: FakeBoard) -> None:
-    class Plain(Probe):
-        config = b""
+def test_configuration_that_comes_late_is_found(board: FakeBoard) -> None:
+    """A device may learn it from the host after it has its transport."""
+    device = Probe()
+    device.config = b""
+    device.attach(board)
+    device.config = b"late"
 
-    Plain().attach(board)
+    (found,) = [entry for _, entry in capabilities(board)[:-1] if entry[3] == pci.DEVICE_CFG]
 
-    assert pci.DEVICE_CFG not in [entry[3] for _, entry in capabilities(board)[:-1]]
+    assert struct.unpack_from("<II", found, 8) == (pci.CONFIG, 0x1000)
+    assert RingDriver(board).config(0, 4) == int.from_bytes(b"late", "little")
 
 
 def test_devices_are_found_in_the_order_they_were_attached_in(board: FakeBoard) -> None:
