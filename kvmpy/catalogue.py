@@ -20,6 +20,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from .core.errors import ConfigError, NotFoundError
 
 CATALOGUE = {
+    "virtio-balloon": "virtio.balloon:Balloon",
     "virtio-rng": "virtio.rng:Rng",
 }
 SWITCH = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": False, "false": False, "0": False}

@@ -27,7 +27,7 @@ class Region:
 
 
 class GuestMemory:
-    """Consumer side of guest RAM: `window` (zero copy), `read` and `write`, all bounds-checked.
+    """Consumer side of guest RAM: `window` (zero copy), `read`, `write` and `discard`, all bounds-checked.
 
     `fd` is the memfd behind all regions (-1 when the memory was made from plain buffers, as tests do).
     """
@@ -89,6 +89,36 @@ class GuestMemory:
         """Copy `data` to [gpa, gpa+len(data)); raises GuestMemoryError."""
         self.window(gpa, len(data))[:] = data
 
+    def address(self, window: memoryview) -> int:
+        """The guest address of bytes that `window` returned, one at least; raises ValueError for other memory."""
+        at = _host_address(window)
+        for region in self.regions:
+            offset = at - _host_address(region.buf)
+            if 0 <= offset < len(region.buf):
+                return region.gpa + offset
+        raise ValueError("these bytes are not guest RAM")
+
+    def discard(self, gpa: int, size: int) -> None:
+        """Give the whole pages within [gpa, gpa+size) back to the host: they read as zeros, until they are used again.
+
+        Raises GuestMemoryError, and HostError when the host keeps them.
+        """
+        window = self.window(gpa, size)
+        region = self.regions[bisect_right(self._bases, gpa) - 1]
+        first = -(-gpa // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (gpa + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if size <= 0:
+            return
+        if not isinstance(window.obj, mmap.mmap):
+            window[first - gpa : first - gpa + size] = bytes(size)
+            return
+        try:
+            window.obj.madvise(mmap.MADV_REMOVE, first - region.gpa, size)  # a hole in the memfd, out of every mapping
+        except OSError as error:
+            raise HostError(
+                f"cannot give {size >> 10} KiB of guest RAM back: {error.strerror}", "run kvmpy without locked memory"
+            ) from None
+
     def close(self) -> None:
         """Unmap and close; every window must have been released, or Python refuses with BufferError."""
         for region in self.regions:
@@ -99,6 +129,12 @@ class GuestMemory:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _host_address(buffer: memoryview) -> int:
+    import ctypes  # takes milliseconds to load, and only balloons ask
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def _advise(area: mmap.mmap, advice: int) -> None:

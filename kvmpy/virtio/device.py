@@ -29,7 +29,7 @@ class VirtioDevice(Device):
     queue_sizes: Sequence[int] = ()  # the most entries of each queue: powers of two
     features: int = 0  # what the device offers, of its own type's bits
     config: bytes | bytearray = b""  # the configuration space, as it reads
-    modules: Sequence[str] = ()  # the driver in the guest, where it is no part of the kernel
+    modules: ClassVar[Sequence[str]] = ()  # the driver in the guest, where it is no part of the kernel
 
     board: Board
     queues: Sequence[VirtQueue] = ()  # while the driver is up

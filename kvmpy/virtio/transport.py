@@ -125,10 +125,17 @@ class VirtioCore:
             for queue in self.queues:
                 if queue.enabled:
                     queue.start(self.accepted)
-            self.device.queues = self.queues
-            self.device.activate(self.accepted, self.queues)
+            self._start_device()
         except GuestError as error:
             self.fail(error)
+
+    def _start_device(self) -> None:
+        """Let the device begin, and look at all queues once: a kick that came before it began was no kick."""
+        self.device.queues = self.queues
+        self.device.activate(self.accepted, self.queues)
+        for queue in self.queues:
+            if queue.ready:
+                self.kick(queue.index)
 
     # Configuration space.
 
@@ -171,5 +178,4 @@ class VirtioCore:
         except QueueError as error:
             raise ValueError(str(error)) from None
         if self.running:
-            self.device.queues = self.queues
-            self.device.activate(self.accepted, self.queues)
+            self._start_device()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,70 @@ def test_refused_layout_leaks_no_descriptor() -> None:
         GuestMemory.allocate([(0, 2 * PAGE), (PAGE, PAGE)])
 
     assert open_descriptors() == before
+
+
+# What is given back.
+
+
+def test_address_of_a_window(mem: GuestMemory) -> None:
+    assert mem.address(mem.window(HIGH + 5, 3)) == HIGH + 5
+    with pytest.raises(ValueError, match="not guest RAM"):
+        mem.address(memoryview(bytearray(4)))
+
+
+def test_discarded_pages_leave_the_memfd() -> None:
+    mem = GuestMemory.allocate([(0, 4 * PAGE), (HIGH, 64 * PAGE)], huge=False)
+    mem.write(0, b"low" * PAGE)
+    mem.write(HIGH, b"x" * 64 * PAGE)
+    before = os.fstat(mem.fd).st_blocks * 512
+
+    mem.discard(HIGH + PAGE, 62 * PAGE)
+    after = os.fstat(mem.fd).st_blocks * 512
+    kept = [mem.read(0, 3), mem.read(HIGH + PAGE - 1, 2), mem.read(HIGH + 63 * PAGE - 1, 2)]
+    mem.write(HIGH + PAGE, b"used again")
+    again = os.pread(mem.fd, 10, 5 * PAGE)
+    mem.close()
+
+    assert before - after == 62 * PAGE
+    assert kept == [b"low", b"x\0", b"\0x"]
+    assert again == b"used again"
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size", "gone"), [(0, PAGE, 1), (1, 2 * PAGE, 1), (1, 2 * PAGE - 2, 0), (PAGE - 1, PAGE + 2, 1), (0, 0, 0)]
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GuestMemory.allocate([(0, 3 * PAGE)]),
+        lambda: GuestMemory([Region(0, memoryview(bytearray(3 * PAGE)))]),
+    ],
+    ids=["memfd", "plain"],
+)
+def test_discard_takes_whole_pages_only(gpa: int, size: int, gone: int, make: Callable[[], GuestMemory]) -> None:
+    mem = make()
+    mem.write(0, b"x" * 3 * PAGE)
+
+    mem.discard(gpa, size)
+    zeros = mem.read(0, 3 * PAGE).count(0)
+    mem.close()
+
+    assert zeros == gone * PAGE
+
+
+@pytest.mark.parametrize(("gpa", "size"), OUTSIDE)
+def test_discard_refuses_what_is_not_ram(mem: GuestMemory, gpa: int, size: int) -> None:
+    with pytest.raises(GuestMemoryError):
+        mem.discard(gpa, size)
+
+
+def test_discard_the_host_refuses_is_one_clear_line() -> None:
+    """A private mapping has no file to make a hole in."""
+    area = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE)
+    mem = GuestMemory([Region(0, memoryview(area))])
+
+    with pytest.raises(HostError, match=r"cannot give 4 KiB of guest RAM back: .*; run"):
+        mem.discard(0, PAGE)
+
+    mem.close()
+    area.close()

@@ -83,7 +83,7 @@ def test_driver_comes_up(driver: RingDriver, device: Probe) -> None:
     driver.kick(1)
 
     assert driver.get("Status") == READY
-    assert device.told == ["reset", F.VERSION_1 | 1 << 40, 1]
+    assert device.told == ["reset", F.VERSION_1 | 1 << 40, 0, 1, 1]  # both queues are looked at once
 
 
 def test_features_are_fixed_once_they_are_agreed_on(driver: RingDriver, device: Probe) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvmpy.testing import FakeBoard, RingDriver
 from kvmpy.virtio.device import VirtioDevice
@@ -189,6 +191,23 @@ def test_nothing_is_lost_without_a_kick(driver: RingDriver, device: Echo) -> Non
     assert len(driver.used(0)) == 2
 
 
+def test_what_is_there_before_the_driver_is_up_is_served_then(driver: RingDriver) -> None:
+    driver.set("Status", 0)
+    driver.set("Status", 3)
+    driver.accept(ALL)
+    driver.queues = []
+    driver.set("QueueSel", 0)
+    driver.add_queue(8)
+    head = driver.submit(0, [b"x"], [1])
+    driver.kick(0)
+    early = driver.used(0)
+
+    driver.set("Status", 15)
+    driver.board.steps.turn()
+
+    assert (early, driver.used(0)) == ([], [(head, 1)])
+
+
 def test_second_cpu_that_never_stops_gets_one_round_at_a_time(driver: RingDriver, device: Echo) -> None:
     for _ in range(8):
         driver.submit(0, [b"x"])
@@ -312,6 +331,41 @@ def test_rings_where_they_cannot_be(driver: RingDriver, register: str, address: 
     driver.set("Status", 15)
 
     assert driver.needs_reset
+
+
+descriptor = st.tuples(
+    st.sampled_from([0, 0x1000, 0x8000, (4 << 20) - 16, 4 << 20, 0xD000_0000, 1 << 63]) | st.integers(0, 2**64 - 1),
+    st.sampled_from([0, 1, 16, 48, 4096, 0xFFFFFFFF]) | st.integers(0, 2**32 - 1),
+    st.integers(0, 7) | st.integers(0, 0xFFFF),
+    st.integers(0, 9) | st.integers(0, 0xFFFF),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    table=st.lists(descriptor, min_size=8, max_size=8),
+    inner=st.lists(descriptor, min_size=8, max_size=8),
+    heads=st.lists(st.integers(0, 8), min_size=1, max_size=12),
+    features=st.sampled_from([ALL, F.VERSION_1]),
+)
+def test_any_descriptors_are_survived(
+    table: list[tuple[int, int, int, int]], inner: list[tuple[int, int, int, int]], heads: list[int], features: int
+) -> None:
+    """The device answers or needs a reset, after which it answers; it never raises."""
+    board = FakeBoard(4 << 20)
+    Echo().attach(board)
+    driver = RingDriver(board, free=0x200000)
+    driver.start(features)
+    for n in range(8):
+        driver.descriptor(driver.queues[0].desc, n, *table[n])
+        driver.descriptor(0x1000, n, *inner[n])
+    for head in heads:
+        driver.publish(0, head)
+
+    driver.kick(0)
+    driver.start(features)
+
+    assert driver.request(0, [b"hello"], [5]) == b"hello"
 
 
 def test_state_and_restore(driver: RingDriver, device: Echo) -> None:

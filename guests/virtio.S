@@ -1,0 +1,105 @@
+# The driver's half of one virtio-mmio device, from reset to the first answer.
+#
+# Entry: long mode.
+# The device is at MMIO and interrupts pin 5 of the IOAPIC. Sets up queue 0 with 4 entries and one chain in it: 16 zero
+# bytes to read, 512 bytes and 1 byte to write (a read of sector 0, to a disk). Reports Status when it is up; kicks and
+# waits in HLT; the interrupt handler reports InterruptStatus and acknowledges it. Then reports the used ring's index,
+# the length in its first element, the last byte, the first dword of the 512 bytes, and ends with END 0.
+
+        .include "tiny.inc"
+        .equ    PIN, 5
+        .equ    VECTOR, 0x35
+        .equ    QUEUE_NOTIFY, 0x50              # VIRTIO 1.2, 4.2.2
+        .equ    INTERRUPT_STATUS, 0x60
+        .equ    INTERRUPT_ACK, 0x64
+        .equ    STATUS, 0x70
+
+        .code64
+        mov     $0x7000, %esp
+        lidt    idtr
+        mov     $0xff, %al                      # the PICs stay out of it
+        out     %al, $0x21
+        out     %al, $0xa1
+        mov     $LAPIC, %eax
+        movl    $0x1ff, LAPIC_SPURIOUS - LAPIC(%rax)
+        mov     $IOAPIC, %edi
+        movl    $0x11 + 2 * PIN, (%rdi)         # high half of the redirection entry: to APIC 0
+        movl    $0, 0x10(%rdi)
+        movl    $0x10 + 2 * PIN, (%rdi)
+        movl    $VECTOR, 0x10(%rdi)
+
+        mov     $MMIO, %ebx
+        mov     $setup, %esi
+next:   mov     (%rsi), %eax
+        cmp     $-1, %eax
+        je      up
+        mov     4(%rsi), %edx
+        mov     %edx, (%rbx,%rax)
+        add     $8, %esi
+        jmp     next
+up:     mov     STATUS(%rbx), %eax
+        out     %eax, $REPORT
+
+        xor     %ebp, %ebp                      # interrupts so far
+        movl    $0, QUEUE_NOTIFY(%rbx)
+wait:   sti
+        hlt
+        cli
+        test    %ebp, %ebp
+        jz      wait
+
+        xor     %eax, %eax
+        mov     used + 2, %ax
+        out     %eax, $REPORT
+        mov     used + 8, %eax
+        out     %eax, $REPORT
+        xor     %eax, %eax
+        mov     last, %al
+        out     %eax, $REPORT
+        mov     data, %eax
+        out     %eax, $REPORT
+        finish
+
+interrupt:
+        inc     %ebp
+        mov     INTERRUPT_STATUS(%rbx), %eax
+        mov     %eax, INTERRUPT_ACK(%rbx)
+        out     %eax, $REPORT
+        mov     $LAPIC, %eax
+        movl    $0, LAPIC_EOI - LAPIC(%rax)
+        iretq
+
+        .balign 8
+setup:  .long   STATUS, 0, STATUS, 1, STATUS, 3         # reset, ACKNOWLEDGE, DRIVER
+        .long   0x24, 0, 0x20, 0, 0x24, 1, 0x20, 1      # features: VERSION_1
+        .long   STATUS, 0xb                             # FEATURES_OK
+        .long   0x30, 0, 0x38, 4                        # queue 0 has 4 entries
+        .long   0x80, desc, 0x84, 0, 0x90, avail, 0x94, 0, 0xa0, used, 0xa4, 0
+        .long   0x44, 1, STATUS, 0xf                    # QueueReady, DRIVER_OK
+        .long   -1
+
+idt:    .rept   VECTOR + 1
+        .word   interrupt, BOOT_CS, 0x8e00, 0           # 64-bit interrupt gate
+        .quad   0
+        .endr
+idtr:   .word   . - idt - 1
+        .quad   idt
+
+        .balign 16
+desc:   .quad   header
+        .long   16
+        .word   1, 1                                    # NEXT
+        .quad   data
+        .long   512
+        .word   3, 2                                    # NEXT, WRITE
+        .quad   last
+        .long   1
+        .word   2, 0                                    # WRITE
+        .zero   16
+avail:  .word   0, 1, 0, 0, 0, 0, 0
+        .balign 4
+used:   .zero   6 + 8 * 4
+        .balign 16
+header: .zero   16
+data:   .zero   512
+last:   .byte   0xff
