@@ -94,6 +94,9 @@ class StepLoop(EventLoop):
     def after(self, seconds: float, callback: Callable[[], None], *, owner: Any = None) -> None:
         self._due.append((self.now + seconds, callback, owner))
 
+    def time(self) -> float:
+        return self.now
+
     def start(self) -> None:
         pass
 

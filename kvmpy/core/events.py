@@ -65,9 +65,13 @@ class EventLoop:
     def after(self, seconds: float, callback: Callback, *, owner: Any = None) -> None:
         """Run `callback` once, `seconds` from now."""
         with self._lock:
-            entry = (time.monotonic() + seconds, next(self._order), callback, _lock_of(owner))
+            entry = (self.time() + seconds, next(self._order), callback, _lock_of(owner))
             heapq.heappush(self._timers, entry)
         self._kick()
+
+    def time(self) -> float:
+        """Seconds on the clock by which `after` counts."""
+        return time.monotonic()
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name=f"kvmpy-{self.name}", daemon=True)

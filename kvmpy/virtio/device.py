@@ -34,6 +34,7 @@ class VirtioDevice(Device):
     board: Board
     queues: Sequence[VirtQueue] = ()  # while the driver is up
     _tell_config: Callable[[], None] | None = None
+    _kick: Callable[[int], None] | None = None
 
     def attach(self, board: Board) -> None:
         """Put the device on the board, which brings the transport."""
@@ -57,6 +58,11 @@ class VirtioDevice(Device):
         """Tell the driver to read `config` again (for the device itself, with `lock` held)."""
         if self._tell_config is not None:
             self._tell_config()
+
+    def serve_later(self, index: int) -> None:
+        """Have `notify` called for queue `index` on the event loop, as after a kick (with `lock` held, any thread)."""
+        if self._kick is not None:
+            self._kick(index)
 
     def close(self) -> None:
         """Give back what the host lent; called once, after the last `reset`."""

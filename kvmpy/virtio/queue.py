@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..core.buffers import pieces
 from ..core.errors import GuestError
 from ..core.memory import GuestMemory
 from ..core.regs import Bits, bit
@@ -80,20 +81,6 @@ class Chain:
         if start <= self.written:
             self.written = max(self.written, end)
         return end - start
-
-
-def pieces(buffers: list[memoryview], at: int, size: int) -> list[memoryview]:
-    """The parts of `buffers` that hold [at, at+size) of their concatenation, as far as there are so many bytes."""
-    found = []
-    for buffer in buffers:
-        if size <= 0:
-            break
-        if at < len(buffer):
-            piece = buffer[at : at + size]
-            found.append(piece)
-            size -= len(piece)
-        at = max(0, at - len(buffer))
-    return found
 
 
 class VirtQueue:

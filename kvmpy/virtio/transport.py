@@ -32,6 +32,7 @@ class VirtioCore:
         self.status = 0
         self.accepted = 0
         device._tell_config = self._config_changed
+        device._kick = self.kick
 
     # Status.
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvmpy.core.buffers import pieces
 from kvmpy.testing import FakeBoard, RingDriver
 from kvmpy.virtio.device import VirtioDevice
-from kvmpy.virtio.queue import DESC_F, Chain, VirtQueue, pieces
+from kvmpy.virtio.queue import DESC_F, Chain, VirtQueue
 from kvmpy.virtio.spec import INTERRUPT, F, Type
 
 ALL = F.VERSION_1 | F.EVENT_IDX | F.INDIRECT_DESC

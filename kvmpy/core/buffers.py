@@ -1,0 +1,19 @@
+"""Parts of scattered buffers, without copying."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def pieces(buffers: Sequence[memoryview], at: int, size: int) -> list[memoryview]:
+    """The parts of `buffers` that hold [at, at+size) of their concatenation, as far as there are so many bytes."""
+    found = []
+    for buffer in buffers:
+        if size <= 0:
+            break
+        if at < len(buffer):
+            piece = buffer[at : at + size]
+            found.append(piece)
+            size -= len(piece)
+        at = max(0, at - len(buffer))
+    return found
