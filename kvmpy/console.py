@@ -15,7 +15,10 @@ from .core.events import EventLoop
 
 TAIL = 1 << 20  # bytes of output that are kept for wait_for and for reports
 OUTPUT_LIMIT = 1 << 18  # bytes under way to the host; beyond, the UART says it is busy and the guest waits
+NEWLINE = 0x0A
 BREAK = 0x100  # in the queue of input bytes: a break condition
+LINGER = 0.01  # seconds that output may wait for more: every hand-over to the loop's thread costs the guest time
+BATCH = 256  # bytes that do not wait, nor does the end of a line
 INPUT_LIMIT = 4096  # bytes under way to the guest; beyond, the endpoint is left unread
 INPUT_CHUNK = 16  # bytes offered to the UART at a time: what its FIFO holds
 
@@ -66,9 +69,10 @@ class Console:
         self._sources: list[Source] = []
         self._endpoint: Endpoint | None = None
         self._output = bytearray()  # from the UART, not yet seen by the loop
+        self._lingers = self._called = False  # whether the loop will look at it: in a moment, at once
         self._under_way = 0  # bytes put by the UART and not yet taken by the host
         self._full = False
-        self._lock = threading.Lock()  # guards the three above
+        self._lock = threading.Lock()  # guards those above from `_output` on
         self._input: deque[int] = deque()
         self._paused = False
         self._tail = bytearray()
@@ -95,14 +99,23 @@ class Console:
 
     def put(self, byte: int) -> bool:
         """Take a byte from the UART without ever blocking; False when no more fits until `drained`."""
+        return self.write(bytes((byte,)))
+
+    def write(self, data: bytes) -> bool:
+        """Take all of `data`, as `put` takes a byte."""
         with self._lock:
-            first = not self._output
-            self._output.append(byte)
-            self._under_way += 1
+            self._output += data
+            self._under_way += len(data)
             self._full = self._under_way >= OUTPUT_LIMIT
             room = not self._full
-        if first:
+            call = not self._called and (NEWLINE in data or len(self._output) >= BATCH)
+            linger = not (call or self._called or self._lingers)
+            self._called |= call
+            self._lingers |= linger
+        if call:
             self._loop.call_soon(self._deliver)
+        elif linger:
+            self._loop.after(LINGER, self._deliver)
         return room
 
     def room(self) -> None:
@@ -183,6 +196,9 @@ class Console:
     def _deliver(self) -> None:
         with self._lock:
             data, self._output = self._output, bytearray()
+            self._lingers = self._called = False
+        if not data:  # it has gone with an earlier call
+            return
         with self._news:
             self._tail += data
             excess = len(self._tail) - TAIL

@@ -228,7 +228,7 @@ class Machine:
 
     def _create_devices(self) -> None:
         """The board, the platform's devices and the user's."""
-        self.board = MainBoard(self.vm, self.memory, self.loop, self.stop)
+        self.board = MainBoard(self.vm, self.memory, self.loop, self.stop, pci=self.config.transport == "pci")
         self._undo.callback(self.board.close)
         self.serial = Serial(self.console, layout.PORT_COM1, layout.IRQ_COM1)
         self.acpi_ged = AcpiGed(layout.PORT_GED, layout.IRQ_GED)
@@ -284,14 +284,17 @@ class Machine:
         if "acpi=off" in f"{self.config.cmdline} {' '.join(self.config.append)}".split():
             words += self.board.virtio_words()
         self.cmdline = cmdline.compose(
-            self.config.cmdline if linux else self.config.cmdline or "", self.config.append, words if linux else ()
+            self.config.cmdline if linux else self.config.cmdline or "",
+            self.config.append,
+            words if linux else (),
+            pci=self.board.pci is not None,
         )
         spec = BootSpec(
             ram_size=self.config.mem,
             e820=layout.e820(self.config.mem),
             cmdline=self.cmdline,
             initrd=self._initrd(image, linux),
-            rsdp=acpi.write(self.memory, apic_ids, self.board.virtio_resources()),
+            rsdp=acpi.write(self.memory, apic_ids, self.board.virtio_resources(), pci=self.board.pci is not None),
         )
         mptable.write(self.memory, apic_ids)
         bios.write(self.memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,24 +10,31 @@ from functools import partial
 
 from .core.board import Stop
 from .core.bus import Bus, BusDevice
-from .core.errors import ConfigError
+from .core.errors import ConfigError, KvmError
 from .core.events import EventLoop
 from .core.irq import IrqLine
 from .core.log import LEVELS, log
 from .core.memory import GuestMemory
 from .kvm.handle import Vm
-from .kvm.irq import GsiLine
+from .kvm.irq import GsiLine, MsiLine, MsiRouter
+from .pci.bus import PciBus
 from .virtio.device import VirtioDevice
 from .virtio.mmio import SIZE, VirtioMmio
+from .virtio.pci import VirtioPci
 from .x86 import layout
 
 SPARE_GSIS = 4  # left for devices that have a line of their own
 
 
 class MainBoard:
-    """Implements core.board.Board on a KVM VM; `words` collects what devices want on the kernel command line."""
+    """Implements core.board.Board on a KVM VM; `words` collects what devices want on the kernel command line.
 
-    def __init__(self, vm: Vm, mem: GuestMemory, loop: EventLoop, stop: Callable[[Stop], None]) -> None:
+    With `pci`, virtio devices get the PCI transport, else the MMIO one.
+    """
+
+    def __init__(
+        self, vm: Vm, mem: GuestMemory, loop: EventLoop, stop: Callable[[Stop], None], *, pci: bool = False
+    ) -> None:
         self.mem = mem
         self.loop = loop
         self.ports = Bus("port", lambda address, size, value: _unmapped("port", address, size, value))
@@ -39,7 +47,12 @@ class MainBoard:
         self._next_mmio = layout.MMIO_DEVICES
         self.virtio_mmio: list[tuple[VirtioMmio, int]] = []  # and the interrupt of each
         self.modules: list[str] = []  # of the guest's kernel, for the devices that are here
-        self._doorbells: list[int] = []
+        self.virtio_pci: list[VirtioPci] = []
+        self.pci: PciBus | None = None
+        if pci:
+            self.pci = PciBus(self.memory_bus, layout.PCI_ECAM, range(layout.PCI_WINDOW, layout.PCI_WINDOW_END))
+        self._msis = MsiRouter(vm)
+        self._doorbells: list[EventDoorbell] = []
 
     def pio(self, base: int, size: int, device: BusDevice) -> None:
         self.ports.add(base, size, device)
@@ -66,16 +79,26 @@ class MainBoard:
             self._lines[gsi] = GsiLine(self._vm, gsi)
         return self._lines[gsi]
 
-    def doorbell(self, address: int, size: int, value: int, ring: Callable[[], None], owner: BusDevice) -> None:
-        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    def msi(self) -> MsiLine:
+        return self._msis.line()
+
+    def doorbell(
+        self, address: int | None, size: int, value: int | None, ring: Callable[[], None], owner: BusDevice
+    ) -> EventDoorbell:
+        bell = EventDoorbell(self._vm, size, value)
         self._doorbells.append(bell)
-        self._vm.ioeventfd(bell, address, size, match=value)
-        self.loop.add(bell, partial(_rung, bell, ring), owner=owner)
+        bell.place(address)
+        self.loop.add(bell.fd, partial(_rung, bell.fd, ring), owner=owner)
+        return bell
 
     def virtio(self, device: VirtioDevice) -> None:
+        if self.pci is not None:
+            self.virtio_pci.append(VirtioPci(device, self, self.pci))
+            self.modules += [*VirtioPci.modules, *device.modules]
+            return
         gsi = self._edge_gsi()
         self.virtio_mmio.append((VirtioMmio(device, self, self.irq(gsi)), gsi))
-        self.modules += ["virtio_mmio", *device.modules]
+        self.modules += [*VirtioMmio.modules, *device.modules]
 
     def virtio_resources(self) -> list[tuple[int, int, int]]:
         """(base, bytes, gsi) of each virtio-mmio device, in the order in which they were attached."""
@@ -95,13 +118,15 @@ class MainBoard:
 
     def close(self) -> None:
         """Let go of guest memory and of what stands in the host for lines and doorbells."""
-        for transport, _ in self.virtio_mmio:
+        transports: list[VirtioMmio | VirtioPci] = [*self.virtio_pci, *(transport for transport, _ in self.virtio_mmio)]
+        for transport in transports:
             with transport.lock:
                 transport.core.reset()
                 transport.core.device.close()
         for bell in self._doorbells:
-            self.loop.remove(bell)
-            os.close(bell)
+            self.loop.remove(bell.fd)
+            os.close(bell.fd)
+        self._msis.close()
         for line in self._lines.values():
             line.close()
         self._doorbells, self._lines = [], {}
@@ -114,6 +139,30 @@ class MainBoard:
 
     def log(self, event: str, **fields: object) -> None:
         log.warning(event, **fields)
+
+
+class EventDoorbell:
+    """A doorbell that KVM answers: the write signals the eventfd `fd`, and the vCPU goes on."""
+
+    def __init__(self, vm: Vm, size: int, value: int | None) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._vm = vm
+        self._size = size
+        self._value = value
+        self._address: int | None = None
+
+    def place(self, address: int | None) -> None:
+        if self._address is not None:
+            self._vm.ioeventfd(self.fd, self._address, self._size, match=self._value, remove=True)
+            self._address = None
+        if address is None:
+            return
+        try:
+            self._vm.ioeventfd(self.fd, address, self._size, match=self._value)
+            self._address = address
+        except KvmError as error:
+            if error.errno != errno.ENOSPC:  # KVM has room for NR_IOBUS_DEVS; without one, the device sees the write
+                raise
 
 
 def _rung(bell: int, ring: Callable[[], None]) -> None:

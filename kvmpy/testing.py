@@ -21,19 +21,26 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .core.board import Board, Stop
 from .core.bus import Bus, BusDevice
 from .core.events import READ, EventLoop
 from .core.memory import GuestMemory, Region
+from .pci import msix
+from .pci.bus import PciBus
+from .pci.config import COMMAND, Header
+from .virtio import pci
 from .virtio.device import VirtioDevice
 from .virtio.mmio import CONFIG, VirtioMmio
+from .virtio.pci import VirtioPci
 from .virtio.queue import DESC, DESC_F
 from .virtio.spec import INTERRUPT, STATUS, F
 
 MMIO_BASE = 0xD000_0000  # where FakeBoard.mmio begins
 FREE_GSIS = 16  # where FakeBoard.irq begins
+PCI_ECAM = 0xE000_0000  # of a FakeBoard with PCI
+PCI_WINDOW = range(0xE100_0000, 0xE200_0000)
 
 
 class IrqRecorder:
@@ -51,6 +58,32 @@ class IrqRecorder:
     def pulse(self) -> None:
         self.edges += 1
         self.pulses += 1
+
+
+class MessageRecorder:
+    """A Message that remembers: `message` is the (address, data) of the last route, `routes` and `pulses` count."""
+
+    def __init__(self) -> None:
+        self.message: tuple[int, int] | None = None
+        self.routes = 0
+        self.pulses = 0
+
+    def route(self, address: int, data: int) -> None:
+        self.message = (address, data)
+        self.routes += 1
+
+    def pulse(self) -> None:
+        self.pulses += 1
+
+
+class DoorbellRecorder:
+    """A Doorbell that never takes a write: the device sees it. `address` is where it listens."""
+
+    def __init__(self, address: int | None) -> None:
+        self.address = address
+
+    def place(self, address: int | None) -> None:
+        self.address = address
 
 
 class ByteSink:
@@ -73,7 +106,7 @@ class StepLoop(EventLoop):
     """An EventLoop without a thread, a descriptor or a clock: the test says what happens and when.
 
     `turn()` runs what call_soon has queued, `advance(seconds)` what is due by then, `ready(fd)` the callback of a
-    descriptor. An owner's lock is held, as by the real loop.
+    descriptor. An owner's lock is held, as by the real loop. `watched` has the events of each descriptor.
     """
 
     def __init__(self) -> None:
@@ -81,12 +114,15 @@ class StepLoop(EventLoop):
         self._queue: list[tuple[Callable[[], None], Any]] = []
         self._due: list[tuple[float, Callable[[], None], Any]] = []
         self._watched: dict[int, tuple[Callable[[], None], Any]] = {}
+        self.watched: dict[int, int] = {}
 
     def add(self, fd: int, callback: Callable[[], None], *, events: int = READ, owner: Any = None) -> None:
         self._watched[fd] = (callback, owner)
+        self.watched[fd] = events
 
     def remove(self, fd: int) -> None:
         self._watched.pop(fd, None)
+        self.watched.pop(fd, None)
 
     def call_soon(self, callback: Callable[[], None], *, owner: Any = None) -> None:
         self._queue.append((callback, owner))
@@ -123,10 +159,11 @@ class FakeBoard:
     """A Board with `size` bytes of RAM from address 0 on, which records what devices do to it.
 
     `ports` and `memory_bus` are real buses: access a device through them as a guest would. `lines` are the
-    IrqRecorders by GSI; `stops`, `words` and `logs` what was asked of stop(), cmdline() and log(); `steps` the loop.
+    IrqRecorders by GSI, `messages` and `doorbells` all that were made; `stops`, `words` and `logs` what was asked of
+    stop(), cmdline() and log(); `steps` the loop. Virtio devices get the `transport` "mmio" or "pci".
     """
 
-    def __init__(self, size: int = 1 << 20) -> None:
+    def __init__(self, size: int = 1 << 20, transport: str = "mmio") -> None:
         self.mem = GuestMemory([Region(0, memoryview(bytearray(size)))])
         self.steps = StepLoop()
         self.loop: EventLoop = self.steps
@@ -136,7 +173,10 @@ class FakeBoard:
         self.words: list[str] = []
         self.stops: list[Stop] = []
         self.logs: list[tuple[str, dict[str, object]]] = []
-        self.transports: list[VirtioMmio] = []
+        self.pci = PciBus(self.memory_bus, PCI_ECAM, PCI_WINDOW) if transport == "pci" else None
+        self.transports: list[Any] = []  # VirtioMmio or VirtioPci
+        self.messages: list[MessageRecorder] = []
+        self.doorbells: list[DoorbellRecorder] = []
         self._next_mmio = MMIO_BASE
         self._next_gsi = FREE_GSIS
 
@@ -156,11 +196,21 @@ class FakeBoard:
             self._next_gsi += 1
         return self.lines.setdefault(gsi, IrqRecorder())
 
-    def doorbell(self, address: int, size: int, value: int, ring: Callable[[], None], owner: BusDevice) -> None:
-        """None: the write reaches the device."""
+    def msi(self) -> MessageRecorder:
+        self.messages.append(MessageRecorder())
+        return self.messages[-1]
+
+    def doorbell(
+        self, address: int | None, size: int, value: int | None, ring: Callable[[], None], owner: BusDevice
+    ) -> DoorbellRecorder:
+        self.doorbells.append(DoorbellRecorder(address))
+        return self.doorbells[-1]
 
     def virtio(self, device: VirtioDevice) -> None:
-        self.transports.append(VirtioMmio(device, self, self.irq()))
+        if self.pci is not None:
+            self.transports.append(VirtioPci(device, self, self.pci))
+        else:
+            self.transports.append(VirtioMmio(device, self, self.irq()))
 
     def cmdline(self, *words: str) -> None:
         self.words += words
@@ -175,13 +225,16 @@ class FakeBoard:
 class RingDriver:
     """The guest's half of a virtio device on a FakeBoard: speaks to the registers of transport `number` and builds
     split rings in the board's RAM, from `free` on. Descriptors are handed out round robin: keep fewer under way than
-    the queue has.
+    the queue has. Registers have the names of the MMIO transport on both.
     """
 
     def __init__(self, board: FakeBoard, number: int = 0, free: int = 0x10000) -> None:
         self.board = board
         self.transport = board.transports[number]
-        self.base = self.transport.base
+        self._registers = (
+            _MmioRegisters(board, self.transport) if board.pci is None else _PciRegisters(board, self.transport)
+        )
+        self.base = self._registers.base
         self.features = 0
         self.queues: list[_Ring] = []
         self._free = free
@@ -189,18 +242,22 @@ class RingDriver:
     # Registers.
 
     def get(self, register: str, size: int = 4) -> int:
-        return self.board.memory_bus.read(self.base + self._offset(register), size)
+        return self._registers.get(register, size)
 
     def set(self, register: str, value: int) -> None:
-        self.board.memory_bus.write(self.base + self._offset(register), 4, value)
+        self._registers.set(register, value)
 
     def config(self, offset: int, size: int) -> int:
-        return self.board.memory_bus.read(self.base + CONFIG + offset, size)
+        return self._registers.config(offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        self._registers.write_config(offset, size, value)
 
     def start(self, features: int = F.VERSION_1, sizes: Sequence[int] | None = None) -> None:
         """Reset, agree on `features`, set up the queues (of `sizes` entries, else as large as they may be), go."""
         self.set("Status", 0)
         self.set("Status", STATUS.ACKNOWLEDGE | STATUS.DRIVER)
+        self._registers.connect()
         self.accept(features)
         assert self.get("Status") & STATUS.FEATURES_OK, "the device does not take these features"
         self.queues = []
@@ -296,10 +353,13 @@ class RingDriver:
         return bool(self.get("Status") & STATUS.DEVICE_NEEDS_RESET)
 
     def interrupts(self) -> int:
-        """InterruptStatus, which is acknowledged."""
-        status = self.get("InterruptStatus")
-        self.set("InterruptACK", status & (INTERRUPT.USED_BUFFER | INTERRUPT.CONFIGURATION))
-        return status
+        """What the device has interrupted for since the last call, as in InterruptStatus, which is acknowledged."""
+        return self._registers.interrupts()
+
+    @property
+    def pulses(self) -> int:
+        """How often the device has interrupted so far."""
+        return self._registers.pulses()
 
     def allocate(self, size: int, alignment: int) -> int:
         """Guest memory that nothing else uses; raises AssertionError at the end of RAM."""
@@ -313,8 +373,130 @@ class RingDriver:
         self.board.mem.write(address, data)
         return address
 
+
+class _MmioRegisters:
+    """How a RingDriver speaks to a VirtioMmio."""
+
+    def __init__(self, board: FakeBoard, transport: VirtioMmio) -> None:
+        self.base = transport.base
+        self._board = board
+        self._line = board.lines[FREE_GSIS + board.transports.index(transport)]
+
+    def get(self, register: str, size: int) -> int:
+        return self._board.memory_bus.read(self.base + self._offset(register), size)
+
+    def set(self, register: str, value: int) -> None:
+        self._board.memory_bus.write(self.base + self._offset(register), 4, value)
+
+    def config(self, offset: int, size: int) -> int:
+        return self._board.memory_bus.read(self.base + CONFIG + offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        self._board.memory_bus.write(self.base + CONFIG + offset, size, value)
+
+    def connect(self) -> None:
+        """Nothing to do: there is one line."""
+
+    def interrupts(self) -> int:
+        status = self.get("InterruptStatus", 4)
+        self.set("InterruptACK", status & (INTERRUPT.USED_BUFFER | INTERRUPT.CONFIGURATION))
+        return status
+
+    def pulses(self) -> int:
+        return self._line.pulses
+
     def _offset(self, register: str) -> int:
         return int(VirtioMmio.REGISTERS[register].offset or 0)
+
+
+class _PciRegisters:
+    """How a RingDriver speaks to a VirtioPci: vector 0 is for the configuration, 1 + n for queue n."""
+
+    NAMES: ClassVar[dict[str, str]] = {
+        "Status": "device_status",
+        "DeviceFeaturesSel": "device_feature_select",
+        "DeviceFeatures": "device_feature",
+        "DriverFeaturesSel": "driver_feature_select",
+        "DriverFeatures": "driver_feature",
+        "QueueSel": "queue_select",
+        "QueueNum": "queue_size",
+        "QueueNumMax": "queue_size",
+        "QueueReady": "queue_enable",
+        "QueueDescLow": "queue_desc_low",
+        "QueueDescHigh": "queue_desc_high",
+        "QueueDriverLow": "queue_driver_low",
+        "QueueDriverHigh": "queue_driver_high",
+        "QueueDeviceLow": "queue_device_low",
+        "QueueDeviceHigh": "queue_device_high",
+        "ConfigGeneration": "config_generation",
+        "InterruptStatus": "isr_status",
+    }
+
+    def __init__(self, board: FakeBoard, transport: VirtioPci) -> None:
+        assert board.pci is not None
+        self._board = board
+        self._config = board.pci.config_address(board.pci.functions.index(transport.config))
+        self._messages: Sequence[Any] = transport.msix.messages
+        self._queues = len(transport.core.queues)
+        self._seen = [0] * len(self._messages)
+        self.base = transport.config.header.bar_high << 32 | transport.config.header.bar_low & ~0xF
+        bus = board.memory_bus
+        bus.write(self._config + Header.COMMAND_AT, 2, COMMAND.MEMORY | COMMAND.MASTER)
+        for vector in range(len(self._messages)):
+            entry = self.base + pci.TABLE + msix.ENTRY.size * vector
+            bus.write(entry, 4, msix.MESSAGES)
+            bus.write(entry + 8, 4, 0x30 + vector)
+            bus.write(entry + 12, 4, 0)
+        bus.write(self._config + self._find(msix.CAPABILITY) + 2, 2, msix.CONTROL.ENABLE)
+
+    def get(self, register: str, size: int) -> int:
+        offset, width = self._place(register)
+        return self._board.memory_bus.read(self.base + offset, min(width, size))
+
+    def set(self, register: str, value: int) -> None:
+        if register == "QueueNotify":
+            self._board.memory_bus.write(self.base + pci.NOTIFY + pci.NOTIFY_MULTIPLIER * (value & 0x3FF), 2, value)
+            return
+        offset, width = self._place(register)
+        self._board.memory_bus.write(self.base + offset, width, value)
+
+    def config(self, offset: int, size: int) -> int:
+        return self._board.memory_bus.read(self.base + pci.CONFIG + offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        self._board.memory_bus.write(self.base + pci.CONFIG + offset, size, value)
+
+    def connect(self) -> None:
+        """A vector for each purpose; what was sent so far is forgotten."""
+        self._write("config_msix_vector", 0)
+        for queue in range(self._queues):
+            self._write("queue_select", queue)
+            self._write("queue_msix_vector", 1 + queue)
+        self._seen = [message.pulses for message in self._messages]
+
+    def interrupts(self) -> int:
+        before, self._seen = self._seen, [message.pulses for message in self._messages]
+        fresh = [now != then for now, then in zip(self._seen, before, strict=True)]
+        return INTERRUPT.CONFIGURATION * fresh[0] | INTERRUPT.USED_BUFFER * any(fresh[1:])
+
+    def pulses(self) -> int:
+        return sum(message.pulses for message in self._messages)
+
+    def _write(self, name: str, value: int) -> None:
+        reg = VirtioPci.REGISTERS[name]
+        self._board.memory_bus.write(self.base + int(reg.offset or 0), reg.width, value)
+
+    def _place(self, register: str) -> tuple[int, int]:
+        reg = VirtioPci.REGISTERS[self.NAMES[register]]
+        return int(reg.offset or 0), reg.width
+
+    def _find(self, kind: int) -> int:
+        """Where the capability is, as a driver finds it."""
+        bus = self._board.memory_bus
+        at = bus.read(self._config + 0x34, 1)
+        while bus.read(self._config + at, 1) != kind:
+            at = bus.read(self._config + at + 1, 1)
+        return at
 
 
 class _Ring:

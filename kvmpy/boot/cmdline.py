@@ -10,12 +10,16 @@ from ..core.errors import ConfigError
 LINUX_LIMIT = 2047  # COMMAND_LINE_SIZE - 1 on x86, for kernels that do not say (arch/x86/include/asm/setup.h)
 OLD_LIMIT = 255  # before boot protocol 2.06 (Documentation/arch/x86/boot.rst, cmdline_size)
 
+# Both save the early quirks' walk over bus 0 through ports that are not there, a few hundred accesses.
+NO_PCI = "pci=off"  # there is no bus
+PCI = "pci=noearly"  # there is one, which is found later: ACPI tells where its memory-mapped configuration is
+
 # What a guest of this machine is told unless --cmdline replaces it (Documentation/admin-guide/kernel-parameters).
 DEFAULT = (
     "console=ttyS0,115200",  # the only console; time-outs of the tty layer grow with 1/baud, and 9600 is the default
     "reboot=k",  # reset through the keyboard controller's port: works without ACPI as well
     "panic=-1",  # a panic reboots at once instead of waiting for ever, so that the machine stops
-    "pci=off",  # there is no PCI: saves the early quirks' walk over bus 0, a few hundred port accesses
+    NO_PCI,
     "i8042.noaux",  # no mouse: kernels that cannot learn it from ACPI otherwise wait half a second for one
     "i8042.nokbd",  # nor a keyboard
     "no_timer_check",  # the timer works; kernels without KVM_GUEST otherwise count ten ticks to see that
@@ -24,13 +28,15 @@ DEFAULT = (
 )
 
 
-def compose(base: str | None, appends: Sequence[str] = (), extra: Sequence[str] = ()) -> str:
+def compose(base: str | None, appends: Sequence[str] = (), extra: Sequence[str] = (), *, pci: bool = False) -> str:
     """The command line: `extra` (what devices ask for), then `base` or the defaults, then `appends`.
 
+    The defaults turn PCI off unless the machine has it.
     Of a word given twice the kernel takes the last, and words after `--` go to init: so the user's come last.
     Raises ConfigError for what cannot be in a command line.
     """
-    line = " ".join(filter(None, [*extra, " ".join(DEFAULT) if base is None else base, *appends]))
+    default = " ".join(PCI if pci and word == NO_PCI else word for word in DEFAULT)
+    line = " ".join(filter(None, [*extra, default if base is None else base, *appends]))
     _bytes(line)
     return line
 

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--append", "--params", metavar="WORDS", action="append", default=[], help="words behind the command line")
     add("--boot", metavar="PROTOCOL", default="auto", help="auto, pvh, linux64, decompressor, multiboot or flat")
     add("--exec", metavar="CMD", help="shell command, or file with a script, for the built-in initramfs to run")
+    add("--transport", metavar="BUS", default="mmio", help="how virtio devices are connected: mmio (default) or pci")
     add(
         "-d",
         "--disk",
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         environment=terminal_words(),
         boot=args.boot,
         exec=command(args.exec),
+        transport=args.transport,
         devices=devices(args.disk, args.net, args.publish, args.device),
     )
     kind, path = endpoint.parse(args.serial or ("null" if args.json else "stdio"))

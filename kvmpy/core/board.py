@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from .bus import BusDevice
 from .events import EventLoop
-from .irq import IrqLine
+from .irq import IrqLine, Message
 from .memory import GuestMemory
 
 
@@ -46,6 +46,13 @@ class Stop:
         return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
 
 
+class Doorbell(Protocol):
+    """Where a device listens for a driver's kicks."""
+
+    def place(self, address: int | None) -> None:
+        """Listen at `address` from now on; None: nowhere. Any thread may call it."""
+
+
 class Board(Protocol):
     """The machine as a device sees it; `stop` and `log` are for any time, the other verbs for `attach`."""
 
@@ -61,9 +68,15 @@ class Board(Protocol):
     def irq(self, gsi: int | None = None) -> IrqLine:
         """Interrupt line `gsi`, or one that is free."""
 
-    def doorbell(self, address: int, size: int, value: int, ring: Callable[[], None], owner: BusDevice) -> None:
-        """Run `ring` on the event loop, with the owner's lock held, when the guest writes `value` at the MMIO `address`
-        with `size` bytes; the write itself may or may not be seen by the device that has the address."""
+    def msi(self) -> Message:
+        """A message-signalled interrupt, which goes where `route` says."""
+
+    def doorbell(
+        self, address: int | None, size: int, value: int | None, ring: Callable[[], None], owner: BusDevice
+    ) -> Doorbell:
+        """Run `ring` on the event loop, with the owner's lock held, when the guest writes `value` (None: anything) at
+        the MMIO `address` (None: nowhere yet) with `size` bytes (0: any number); the write itself may or may not be
+        seen by the device that has the address."""
 
     def virtio(self, device: Any) -> None:
         """Give a VirtioDevice its transport."""

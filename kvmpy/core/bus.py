@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -55,20 +56,34 @@ class Bus:
         self.ranges: list[Range] = []
         self._unmapped = unmapped
         self._slots: dict[int, Slot] = {}
+        self._changing = threading.Lock()  # a leaf: held while `ranges` is replaced
 
     def add(self, base: int, size: int, device: BusDevice) -> None:
         """Give [base, base+size) to `device`; raises ValueError when it is empty or any of it is taken."""
         new = Range(base, base + size, device)
         if base < 0 or size <= 0:
             raise ValueError(f"{self.name}: {type(device).__name__} at {base:#x}+{size:#x} has no address")
-        for old in self.ranges:
-            if new.base < old.end and old.base < new.end:
-                raise ValueError(
-                    f"{self.name}: {type(device).__name__} at {base:#x}+{size:#x} overlaps "
-                    f"{type(old.device).__name__} at {old.base:#x}+{old.end - old.base:#x}"
-                )
-        # Replaced, not changed: a vCPU may be looking something up.
-        self.ranges = sorted([*self.ranges, new], key=lambda r: r.base)
+        with self._changing:
+            for old in self.ranges:
+                if new.base < old.end and old.base < new.end:
+                    raise ValueError(
+                        f"{self.name}: {type(device).__name__} at {base:#x}+{size:#x} overlaps "
+                        f"{type(old.device).__name__} at {old.base:#x}+{old.end - old.base:#x}"
+                    )
+            # Replaced, not changed: a vCPU may be looking something up.
+            self.ranges = sorted([*self.ranges, new], key=lambda r: r.base)
+
+    def remove(self, base: int) -> None:
+        """Take the device away that answers from `base` on; raises ValueError when there is none.
+
+        An access that has found it already may still reach it, as on its way over a real bus.
+        """
+        with self._changing:
+            kept = [old for old in self.ranges if old.base != base]
+            if len(kept) == len(self.ranges):
+                raise ValueError(f"{self.name}: nothing begins at {base:#x}")
+            self.ranges = kept
+            self._slots = {}  # behind `ranges`: see _resolve
 
     def read(self, address: int, size: int) -> int:
         """The value at `address`, masked to `size` bytes."""
@@ -92,12 +107,13 @@ class Bus:
 
     def _resolve(self, address: int, size: int) -> Slot | None:
         """Find the device that answers all of the access; one that straddles its end is unmapped."""
+        slots = self._slots  # before `ranges`: what is found in old ones must not be remembered among new slots
         ranges = self.ranges
         index = bisect_right(ranges, address, key=lambda r: r.base) - 1
         if index < 0 or address + size > ranges[index].end:
             return None
         base, _, device = ranges[index]
         slot = Slot(device.read, device.write, address - base, (1 << 8 * size) - 1, device.lock)
-        if len(self._slots) < MAX_RESOLVED:
-            self._slots[address << 4 | size] = slot
+        if len(slots) < MAX_RESOLVED:
+            slots[address << 4 | size] = slot
         return slot

@@ -71,6 +71,7 @@ class Reg:
     w1c     mask of the bits that writing 1 clears
     rc      mask of the bits that reading clears
     bank    registers of bank n answer while the device has `select_bank(n)`, over those of bank 0
+    width   in bytes, for a device whose registers differ and whose `read` and `write` see to that; 0: the stride
     bits    the names of its bits, for people and for the register-name lint
     """
 
@@ -84,6 +85,7 @@ class Reg:
         w1c: int = 0,
         rc: int = 0,
         bank: int = 0,
+        width: int = 0,
         bits: type[Bits] = Bits,
     ) -> None:
         self.offset = offset
@@ -93,6 +95,7 @@ class Reg:
         self.w1c = w1c
         self.rc = rc
         self.bank = bank
+        self.width = width
         self.bits = bits
         self.name = ""
 
@@ -209,8 +212,9 @@ class RegisterDevice(Device):
         if registers.keys() != self.REGISTERS.keys():
             raise ValueError(f"{type(self).__name__}: state has registers {sorted(registers)}")
         for name, value in registers.items():
-            on_bus = self.REGISTERS[name].offset is not None
-            if type(value) is not int or (on_bus and not 0 <= value < 1 << 8 * self.STRIDE):
+            reg = self.REGISTERS[name]
+            on_bus = reg.offset is not None
+            if type(value) is not int or (on_bus and not 0 <= value < 1 << 8 * (reg.width or self.STRIDE)):
                 raise ValueError(f"{type(self).__name__}: state has {name}={value!r}")
         self.__dict__.update(registers)
 

@@ -163,7 +163,7 @@ class Blk(VirtioDevice):
         self.space = self._config(image)
         self.config = self.space.buf
         if self._bandwidth or self._iops:
-            self._limit = RateLimit(board.loop, self, self._serve_all, bandwidth=self._bandwidth, iops=self._iops)
+            self._limit = RateLimit(board.loop, self, self._resume, bandwidth=self._bandwidth, iops=self._iops)
         try:
             super().attach(board)
         except BaseException:
@@ -208,11 +208,11 @@ class Blk(VirtioDevice):
             if limit is not None and not limit.spend(max(chain.size, chain.capacity)):
                 return  # what else is in the queue stays there until the limit's timer
 
-    def _serve_all(self) -> None:
+    def _resume(self) -> None:
         """Each time another queue comes first: under a limit that may be the only one that is served."""
         count = len(self.queue_sizes)
         for number in range(count):
-            self.serve_later((self._first + number) % count)
+            self.serve((self._first + number) % count)
         self._first = (self._first + 1) % count
 
     def answer(self, image: Image, chain: Chain) -> None:

@@ -34,7 +34,7 @@ class VirtioDevice(Device):
     board: Board
     queues: Sequence[VirtQueue] = ()  # while the driver is up
     _tell_config: Callable[[], None] | None = None
-    _kick: Callable[[int], None] | None = None
+    _serve: Callable[[int], None] | None = None
 
     def attach(self, board: Board) -> None:
         """Put the device on the board, which brings the transport."""
@@ -59,10 +59,11 @@ class VirtioDevice(Device):
         if self._tell_config is not None:
             self._tell_config()
 
-    def serve_later(self, index: int) -> None:
-        """Have `notify` called for queue `index` on the event loop, as after a kick (with `lock` held, any thread)."""
-        if self._kick is not None:
-            self._kick(index)
+    def serve(self, index: int) -> None:
+        """Have `notify` called for queue `index`, as if the driver had kicked it: the host is ready for what waits
+        there (for the device itself, on the event loop, with `lock` held)."""
+        if self._serve is not None:
+            self._serve(index)
 
     def close(self) -> None:
         """Give back what the host lent; called once, after the last `reset`."""

@@ -7,7 +7,7 @@ sense ends in DEVICE_NEEDS_RESET.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core.board import Board
 from ..core.irq import IrqLine
@@ -15,7 +15,7 @@ from ..core.regs import Reg, RegisterDevice
 from .device import VirtioDevice
 from .queue import VirtQueue
 from .spec import INTERRUPT, STATUS, VENDOR
-from .transport import VirtioCore
+from .transport import VirtioCore, high, low
 
 MAGIC = int.from_bytes(b"virt", "little")
 QUEUE_NOTIFY = 0x050  # offset of the register behind the doorbells
@@ -26,6 +26,8 @@ NO_REGION = 0xFFFFFFFF  # 4.2.2: the length of a shared memory region that does 
 
 class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
     """The transport of one device: registers at `base`, interrupts as edges on `irq`."""
+
+    modules: ClassVar[tuple[str, ...]] = ("virtio_mmio",)
 
     MagicValue = Reg(0x000, reset=MAGIC, write=0)
     Version = Reg(0x004, reset=2, write=0)
@@ -187,13 +189,3 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.core.restore(state["core"])
-
-
-def low(address: int, value: int) -> int:
-    """`address` with the lower word replaced."""
-    return address & ~0xFFFFFFFF | value
-
-
-def high(address: int, value: int) -> int:
-    """`address` with the upper word replaced."""
-    return address & 0xFFFFFFFF | value << 32

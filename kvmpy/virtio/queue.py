@@ -170,17 +170,18 @@ class VirtQueue:
         return self._chain(head)
 
     def undo_pop(self) -> None:
-        """Put the chain back that was popped last: there is nothing to do with it yet."""
+        """Put the chain back that was popped last: there is nothing to do with it yet. Again: the one before it."""
         self._next_avail = self._next_avail - 1 & 0xFFFF
 
-    def push(self, chain: Chain) -> None:
-        """Give a chain back with its `written` bytes; a no-op after the queue has stopped."""
+    def push(self, *chains: Chain) -> None:
+        """Give chains back with their `written` bytes, all at the same moment; a no-op after the queue has stopped."""
         if not self.ready:
             return
         _, _, used, numbers = self._rings
-        struct.pack_into("<II", used, 4 + 8 * (self._next_used % self.size), chain.head, chain.written)
-        self._next_used = self._next_used + 1 & 0xFFFF
-        numbers[1] = self._next_used  # last, in one store: from here on the entry is the driver's (2.7.8.2)
+        for chain in chains:
+            struct.pack_into("<II", used, 4 + 8 * (self._next_used % self.size), chain.head, chain.written)
+            self._next_used = self._next_used + 1 & 0xFFFF
+        numbers[1] = self._next_used  # last, in one store: from here on the entries are the driver's (2.7.8.2)
 
     def signal(self) -> None:
         """Interrupt the driver if it wants to hear of what was pushed since the last call (2.7.7)."""

@@ -31,8 +31,9 @@ class VirtioCore:
         self._changed = changed
         self.status = 0
         self.accepted = 0
+        self._kicked: set[int] = set()  # queues that the loop has yet to serve
         device._tell_config = self._config_changed
-        device._kick = self.kick
+        device._serve = self.notify
 
     # Status.
 
@@ -84,6 +85,9 @@ class VirtioCore:
     def device_features(self, half: int) -> int:
         return self.offered >> 32 * half & HALF if half < 2 else 0
 
+    def accepted_features(self, half: int) -> int:
+        return self.accepted >> 32 * half & HALF if half < 2 else 0
+
     def accept_features(self, half: int, value: int) -> None:
         """The driver writes half of the features that it takes; later than FEATURES_OK nothing changes."""
         if half < 2 and not self.status & STATUS.FEATURES_OK:
@@ -103,8 +107,14 @@ class VirtioCore:
         return not self.status & STATUS.DRIVER_OK
 
     def kick(self, index: int) -> None:
-        """Have queue `index` served on the event loop."""
-        self._board.loop.call_soon(lambda: self.notify(index), owner=self.device)
+        """Have queue `index` served on the event loop, once however often it is kicked until then."""
+        if index not in self._kicked:
+            self._kicked.add(index)
+            self._board.loop.call_soon(lambda: self._serve(index), owner=self.device)
+
+    def _serve(self, index: int) -> None:
+        self._kicked.discard(index)
+        self.notify(index)
 
     def notify(self, index: int) -> None:
         """The driver has kicked queue `index`; on the event loop."""
@@ -180,3 +190,13 @@ class VirtioCore:
             raise ValueError(str(error)) from None
         if self.running:
             self._start_device()
+
+
+def low(address: int, value: int) -> int:
+    """`address` with the lower word replaced."""
+    return address & ~0xFFFFFFFF | value
+
+
+def high(address: int, value: int) -> int:
+    """`address` with the upper word replaced."""
+    return address & 0xFFFFFFFF | value << 32

@@ -85,7 +85,31 @@ def _table(signature: bytes, revision: int, body: bytes) -> bytes:
     return bytes(header) + body
 
 
-def dsdt(cpus: Sequence[int], virtio: Sequence[tuple[int, int, int]] = ()) -> bytes:
+def pci_bridge() -> bytes:
+    """The root of bus 0, without interrupt pins, and the ECAM as a resource that is taken (PCI Firmware 3.2, 4.1.2)."""
+    window = aml.dword_memory(layout.PCI_WINDOW, layout.PCI_WINDOW_END - layout.PCI_WINDOW)
+    return aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A08")),
+        aml.name("_CID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", aml.ZERO),
+        aml.name("_SEG", aml.ZERO),
+        aml.name("_BBN", aml.ZERO),
+        aml.name("_CRS", aml.resources(aml.bus_numbers(0, 0), window)),
+    ) + aml.device(
+        "ECAM",
+        aml.name("_HID", aml.eisa_id("PNP0C02")),
+        aml.name("_UID", aml.ZERO),
+        aml.name("_CRS", aml.resources(aml.memory32_fixed(layout.PCI_ECAM, layout.PCI_ECAM_SIZE))),
+    )
+
+
+def mcfg() -> bytes:
+    """Where the configuration spaces are (PCI Firmware 3.2, 4.1.2): segment 0, bus 0."""
+    return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", layout.PCI_ECAM, 0, 0, 0))
+
+
+def dsdt(cpus: Sequence[int], virtio: Sequence[tuple[int, int, int]] = (), *, pci: bool = False) -> bytes:
     """Differentiated system description table: the devices that cannot be found by probing."""
     if len(cpus) > MAX_PROCESSORS:
         raise ConfigError(f"{len(cpus)} CPUs are too many for ACPI", f"use {MAX_PROCESSORS} or fewer")
@@ -135,7 +159,7 @@ def dsdt(cpus: Sequence[int], virtio: Sequence[tuple[int, int, int]] = ()) -> by
     return _table(
         b"DSDT",
         2,  # integers of 64 bits
-        aml.scope("_SB", *processors, com1, rtc, power_button, events, *virtio_mmio) + s5,
+        aml.scope("_SB", *processors, com1, rtc, power_button, events, *virtio_mmio, pci_bridge() if pci else b"") + s5,
     )
 
 
@@ -187,8 +211,10 @@ def rsdp(xsdt_gpa: int) -> bytes:
     return v2 + bytes([checksum(v2), 0, 0, 0])
 
 
-def build(cpus: Sequence[int], virtio: Sequence[tuple[int, int, int]] = ()) -> list[tuple[int, bytes]]:
-    """(guest address, bytes) of each table: RSDP, DSDT, FADT, MADT, XSDT.
+def build(
+    cpus: Sequence[int], virtio: Sequence[tuple[int, int, int]] = (), *, pci: bool = False
+) -> list[tuple[int, bytes]]:
+    """(guest address, bytes) of each table: RSDP, DSDT, FADT, MADT, XSDT; with `pci` the MCFG before the last.
 
     `cpus` are APIC ids, the boot CPU first; `virtio` is (base, bytes, gsi) of each virtio-mmio device, in the order
     in which the guest is to find them. Raises ConfigError when the tables do not fit.
@@ -203,17 +229,20 @@ def build(cpus: Sequence[int], virtio: Sequence[tuple[int, int, int]] = ()) -> l
         tables.append((here, table))
         return here
 
-    fadt_gpa = place(fadt(place(dsdt(cpus, virtio))))
-    madt_gpa = place(madt(cpus))
-    xsdt_gpa = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt_gpa, madt_gpa)))
+    found = [place(fadt(place(dsdt(cpus, virtio, pci=pci)))), place(madt(cpus))]
+    if pci:
+        found.append(place(mcfg()))
+    xsdt_gpa = place(_table(b"XSDT", 1, struct.pack(f"<{len(found)}Q", *found)))
     size, room = gpa - layout.ACPI_TABLES, layout.BIOS - layout.ACPI_TABLES
     if size > room:
         raise ConfigError(f"the ACPI tables need {size} bytes and have room for {room}", "use fewer CPUs or devices")
     return [(layout.RSDP, rsdp(xsdt_gpa)), *tables]
 
 
-def write(mem: GuestMemory, cpus: Sequence[int], virtio: Sequence[tuple[int, int, int]] = ()) -> int:
+def write(
+    mem: GuestMemory, cpus: Sequence[int], virtio: Sequence[tuple[int, int, int]] = (), *, pci: bool = False
+) -> int:
     """Put the tables (see `build`) into guest memory; returns the RSDP's address."""
-    for gpa, table in build(cpus, virtio):
+    for gpa, table in build(cpus, virtio, pci=pci):
         mem.write(gpa, table)
     return layout.RSDP

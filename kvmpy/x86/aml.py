@@ -142,6 +142,8 @@ def notify(where: str, value: int) -> bytes:
 
 # Resource descriptors (6.4)
 
+FIXED = 1 << 2 | 1 << 3  # of address spaces, 6.4.3.5: both ends are fixed
+
 
 def resources(*descriptors: bytes) -> bytes:
     """ResourceTemplate: the descriptors and the end tag, whose checksum 0 stands for "not given" (6.4.2.9)."""
@@ -161,6 +163,17 @@ def irq_no_flags(irq: int) -> bytes:
 def memory32_fixed(base: int, size: int) -> bytes:
     """`size` bytes of readable and writable address space from `base` on (6.4.3.4)."""
     return struct.pack("<BHBII", 0x86, 9, 1, base, size)
+
+
+def bus_numbers(first: int, last: int) -> bytes:
+    """The buses behind a bridge that produces them, positively decoded, fixed (6.4.3.5.3)."""
+    return struct.pack("<BHBBBHHHHH", 0x88, 13, 2, FIXED, 0, 0, first, last, 0, last - first + 1)
+
+
+def dword_memory(base: int, size: int) -> bytes:
+    """A window of `size` bytes below 4 GiB that a bridge passes on: uncached, readable and writable (6.4.3.5.2)."""
+    read_write = 1 << 0
+    return struct.pack("<BHBBBIIIII", 0x87, 23, 0, FIXED, read_write, 0, base, base + size - 1, 0, size)
 
 
 def interrupt(gsi: int) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 from rig import ASK, LAPIC_WINDOW, REPORT, SECONDS, Access, Rig, emulates_kernel_code
 
 from kvmpy.core.board import Reason, Stop
-from kvmpy.kvm.irq import GsiLine
+from kvmpy.kvm.irq import GsiLine, MsiRouter
 from kvmpy.vcpu import VcpuThread
 
 DONE = Stop(Reason.EXIT)
@@ -166,6 +166,34 @@ def test_routing_can_cross_wires(waiting: Rig) -> None:
     waiting.vm.irq_line(EDGE_PIN, 1)
 
     waiting.board.wait_written(REPORT, [READY, VECTOR + EDGE_PIN + 1])
+
+
+def test_messages_of_devices_and_pins_at_once(waiting: Rig) -> None:
+    router = MsiRouter(waiting.vm)
+    first, second = router.line(), router.line()
+    first.pulse()  # to nobody yet
+    first.route(LAPIC_WINDOW, MESSAGE_VECTOR)
+    second.route(LAPIC_WINDOW, MESSAGE_VECTOR + 1)
+
+    first.pulse()
+    waiting.board.wait_written(REPORT, [READY, MESSAGE_VECTOR])
+    second.pulse()
+    waiting.board.wait_written(REPORT, [READY, MESSAGE_VECTOR, MESSAGE_VECTOR + 1])
+    waiting.vm.irq_line(EDGE_PIN, 1)
+    waiting.board.wait_written(REPORT, [READY, MESSAGE_VECTOR, MESSAGE_VECTOR + 1, VECTOR + EDGE_PIN])
+    router.close()
+
+
+def test_message_can_be_changed(waiting: Rig) -> None:
+    router = MsiRouter(waiting.vm)
+    line = router.line()
+    line.route(LAPIC_WINDOW, MESSAGE_VECTOR)
+    line.route(LAPIC_WINDOW, MESSAGE_VECTOR + 2)
+
+    line.pulse()
+
+    waiting.board.wait_written(REPORT, [READY, MESSAGE_VECTOR + 2])
+    router.close()
 
 
 def test_nmi(waiting: Rig) -> None:

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 from rig import Rig
 
 from kvmpy.core.board import Reason, Stop
+from kvmpy.core.bus import Bus
 from kvmpy.core.events import EventLoop
 from kvmpy.mainboard import MainBoard
+from kvmpy.pci.config import MEMORY_BAR_64
 from kvmpy.virtio.mmio import QUEUE_NOTIFY
+from kvmpy.virtio.pci import BAR_SIZE, NOTIFY, TABLE
 from kvmpy.virtio.rng import Rng
 from kvmpy.virtio.spec import INTERRUPT
 from kvmpy.x86 import layout
 
+BAR, VECTOR = 0xE2000000, 0x36  # guests/virtio_pci.S
 UP = 0xF  # ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
 
 
 @pytest.fixture
-def board(vm: Rig) -> Iterator[MainBoard]:
-    """A board on the rig's VM, whose devices the guest sees."""
-    loop = EventLoop("io", lambda error: vm.stops.put(Stop(Reason.ERROR, cause=error)))
-    board = MainBoard(vm.vm, vm.mem, loop, vm.stops.put)
-    vm.mmio = board.memory_bus
-    loop.start()
-    yield board
-    vm.finish()
-    loop.stop()
-    board.close()
+def make_board(vm: Rig) -> Iterator[Callable[..., MainBoard]]:
+    """Makes a board on the rig's VM, whose devices the guest sees."""
+    with ExitStack() as stack:
+
+        def make(*, pci: bool) -> MainBoard:
+            loop = EventLoop("io", lambda error: vm.stops.put(Stop(Reason.ERROR, cause=error)))
+            board = MainBoard(vm.vm, vm.mem, loop, vm.stops.put, pci=pci)
+            stack.callback(board.close)
+            stack.callback(loop.stop)
+            stack.callback(vm.finish)
+            vm.mmio = board.memory_bus
+            loop.start()
+            return board
+
+        yield make
+
+
+@pytest.fixture
+def board(make_board: Callable[..., MainBoard]) -> MainBoard:
+    """With virtio-mmio."""
+    return make_board(pci=False)
+
+
+@pytest.fixture
+def pci_board(make_board: Callable[..., MainBoard]) -> MainBoard:
+    return make_board(pci=True)
 
 
 def test_one_request(vm: Rig, board: MainBoard) -> None:
@@ -51,3 +72,43 @@ def test_kick_is_no_exit(vm: Rig, board: MainBoard) -> None:
     writes = [fields[1] for fields in vm.thread.recent if fields[0] == 6 and fields[4]]  # KVM_EXIT_MMIO, is_write
     assert layout.MMIO_DEVICES + 0x64 in writes  # InterruptACK
     assert layout.MMIO_DEVICES + QUEUE_NOTIFY not in writes
+
+
+def test_one_request_over_pci(vm: Rig, pci_board: MainBoard) -> None:
+    Rng().attach(pci_board)
+
+    stop = vm.run("virtio_pci")
+
+    assert stop == Stop(Reason.EXIT)
+    size, status, pending, interrupt, still_pending, index, length, _last, data = vm.reports
+    assert (size, status) == (-BAR_SIZE & 0xFFFFFFFF | MEMORY_BAR_64, UP)
+    assert (pending, interrupt, still_pending) == (1 << 1, VECTOR, 0)
+    assert (index, length) == (1, 513)
+    assert data != 0
+
+
+class Tap(Bus):
+    """Notes the addresses of all writes on their way to a bus."""
+
+    def __init__(self, bus: Bus) -> None:
+        super().__init__(bus.name)
+        self._bus = bus
+        self.written: list[int] = []
+
+    def read(self, address: int, size: int) -> int:
+        return self._bus.read(address, size)
+
+    def write(self, address: int, size: int, value: int) -> None:
+        self.written.append(address)
+        self._bus.write(address, size, value)
+
+
+def test_kick_over_pci_is_no_exit(vm: Rig, pci_board: MainBoard) -> None:
+    """The doorbell has moved with the BAR."""
+    Rng().attach(pci_board)
+    vm.mmio = tap = Tap(pci_board.memory_bus)
+
+    vm.run("virtio_pci")
+
+    assert BAR + TABLE + 0x1C in tap.written  # the unmasking of vector 1
+    assert BAR + NOTIFY not in tap.written

@@ -11,6 +11,7 @@ import pytest
 from rig import MMIO, Access, Rig, load, port_read, port_write, store
 
 from kvmpy.core.memory import GuestMemory
+from kvmpy.mainboard import EventDoorbell
 from kvmpy.x86 import layout, longmode
 
 PORT = 0x500
@@ -170,6 +171,18 @@ def test_doorbell_removed(vm: Rig, doorbell: int) -> None:
 
     assert rung(doorbell) == 0
     assert vm.devices.written(MMIO) == [7]
+
+
+def test_doorbell_of_a_board_can_be_moved(vm: Rig) -> None:
+    bell = EventDoorbell(vm.vm, 0, None)
+    for address in (MMIO, None, MMIO + PAGE):
+        bell.place(address)
+
+    vm.perform(store(MMIO, 2, 1), store(MMIO + PAGE, 2, 2), store(MMIO + PAGE, 4, 3))
+
+    assert rung(bell.fd) == 2
+    assert vm.devices.log == [Access("write", MMIO, 2, 1)]
+    os.close(bell.fd)
 
 
 def coalesced(rig: Rig) -> list[tuple[int, int, int, int]]:

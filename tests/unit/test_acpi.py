@@ -18,10 +18,10 @@ from kvmpy.x86 import acpi, layout
 VIRTIO = [(0xD0000000, 0x1000, 5), (0xD0001000, 0x1000, 6)]
 
 
-def found(cpus: int, virtio: list[tuple[int, int, int]] | None = None) -> dict[bytes, bytes]:
+def found(cpus: int, virtio: list[tuple[int, int, int]] | None = None, *, pci: bool = False) -> dict[bytes, bytes]:
     """The tables by signature, found by following the pointers from the RSDP through guest memory."""
     mem = GuestMemory([Region(0, memoryview(bytearray(layout.HIGH_RAM)))])
-    rsdp = mem.read(acpi.write(mem, range(cpus), virtio or []), 36)
+    rsdp = mem.read(acpi.write(mem, range(cpus), virtio or [], pci=pci), 36)
     tables = {b"RSDP": rsdp}
 
     def follow(gpa: int) -> bytes:
@@ -52,9 +52,22 @@ def test_pointers_lead_from_the_rsdp_to_all_tables() -> None:
     assert tables[b"RSDP"].startswith(b"RSD PTR ")
 
 
+def test_mcfg_comes_with_pci_and_names_one_bus() -> None:
+    mcfg = found(1, pci=True)[b"MCFG"]
+
+    assert list(found(1, pci=True)) == [b"RSDP", b"XSDT", b"FACP", b"APIC", b"MCFG", b"DSDT"]
+    assert struct.unpack("<8xQHBB4x", mcfg[36:]) == (layout.PCI_ECAM, 0, 0, 0)
+
+
+def test_fadt_does_not_forbid_message_signalled_interrupts() -> None:
+    (boot_architecture,) = struct.unpack_from("<H", found(1, pci=True)[b"FACP"], 109)
+
+    assert boot_architecture & 1 << 3 == 0
+
+
 @pytest.mark.parametrize("cpus", [1, 2, 254, 255, 256, 4096])
 def test_all_bytes_of_each_table_sum_to_zero(cpus: int) -> None:
-    tables = found(cpus, VIRTIO)
+    tables = found(cpus, VIRTIO, pci=True)
 
     sums = {signature: sum(table) & 0xFF for signature, table in tables.items()}
 
@@ -69,7 +82,7 @@ def test_rsdp_is_where_kernels_search_and_aligned() -> None:
 
 @pytest.mark.parametrize("cpus", [1, 255, acpi.MAX_PROCESSORS])
 def test_tables_lie_apart_in_reserved_memory(cpus: int) -> None:
-    placed = sorted((gpa, gpa + len(table)) for gpa, table in acpi.build(range(cpus), VIRTIO))
+    placed = sorted((gpa, gpa + len(table)) for gpa, table in acpi.build(range(cpus), VIRTIO, pci=True))
 
     reserved = [span for span in layout.e820(layout.GIB) if span.type is layout.E820.RESERVED]
 
@@ -150,9 +163,9 @@ needs_iasl = pytest.mark.skipif(
 
 @needs_iasl
 @pytest.mark.parametrize("cpus", [1, 3, 300])
-@pytest.mark.parametrize("signature", [b"DSDT", b"FACP", b"APIC", b"XSDT"], ids=bytes.decode)
+@pytest.mark.parametrize("signature", [b"DSDT", b"FACP", b"APIC", b"MCFG", b"XSDT"], ids=bytes.decode)
 def test_iasl_recompiles_each_table_to_the_same_bytes(tmp_path: Path, signature: bytes, cpus: int) -> None:
-    table = found(cpus, VIRTIO)[signature]
+    table = found(cpus, VIRTIO, pci=True)[signature]
     (tmp_path / "again.dsl").write_text(disassembled(tmp_path, table))
 
     result = subprocess.run(
@@ -183,3 +196,33 @@ def test_namespace_as_iasl_reads_it(tmp_path: Path) -> None:
     assert lines.index("0xD0000000,") < lines.index("0xD0001000,")
     assert "OperationRegion (REGS, SystemIO, 0x0604, One)" in lines
     assert "Name (_S5, Package (0x04)" in lines
+
+
+@needs_iasl
+def test_pci_as_iasl_reads_it(tmp_path: Path) -> None:
+    text = disassembled(tmp_path, found(1, pci=True)[b"DSDT"])
+    lines = [" ".join(line.split("//")[0].split("/*")[0].split()) for line in text.splitlines()]
+
+    bridge = lines[lines.index("Device (PCI0)") : lines.index("Device (ECAM)")]
+    ecam = lines[lines.index("Device (ECAM)") :]
+
+    assert 'Name (_HID, EisaId ("PNP0A08")' in bridge
+    assert "WordBusNumber (ResourceProducer, MinFixed, MaxFixed, PosDecode," in bridge
+    assert "DWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite," in bridge
+    assert f"0x{layout.PCI_WINDOW:08X}," in bridge
+    assert f"0x{layout.PCI_WINDOW_END - 1:08X}," in bridge
+    assert 'Name (_HID, EisaId ("PNP0C02")' in ecam
+    assert f"0x{layout.PCI_ECAM:08X}," in ecam
+
+
+def test_pci_has_addresses_of_its_own() -> None:
+    """The ECAM and the window lie in the hole, apart from each other and from what KVM answers itself."""
+    spans = [
+        (layout.HOLE, layout.MMIO_DEVICES),
+        (layout.MMIO_DEVICES, layout.MMIO_DEVICES_END),
+        (layout.PCI_ECAM, layout.PCI_ECAM + layout.PCI_ECAM_SIZE),
+        (layout.PCI_WINDOW, layout.PCI_WINDOW_END),
+        (layout.IOAPIC, layout.HOLE_END),
+    ]
+
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))

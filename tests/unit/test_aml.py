@@ -27,6 +27,15 @@ CASES = [
     ),
     ('Name (EIS0, EisaId ("PNP0C0C"))', "08454953300c41d00c0c", aml.name("EIS0", aml.eisa_id("PNP0C0C"))),
     (
+        """Name (CRS0, ResourceTemplate () {
+            WordBusNumber (ResourceProducer, MinFixed, MaxFixed, PosDecode, 0, 0, 0x00FF, 0, 0x0100)
+            DWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite,
+                0, 0xE1000000, 0xEFFFFFFF, 0, 0x0F000000)
+        })""",
+        ("0843525330112f0a2c880d00020c0000000000ff0000000001871700000c0100000000000000e1ffffffef000000000000000f7900"),
+        aml.name("CRS0", aml.resources(aml.bus_numbers(0, 0xFF), aml.dword_memory(0xE1000000, 0xF000000))),
+    ),
+    (
         """Scope (\\_SB) {
             Device (DEV0) {
                 Name (_CRS, ResourceTemplate () {

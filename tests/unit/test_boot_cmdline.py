@@ -15,6 +15,14 @@ def test_defaults_come_without_base() -> None:
     assert {"reboot=k", "panic=-1"} <= set(line.split())
 
 
+def test_defaults_turn_pci_off_where_there_is_none() -> None:
+    without, with_pci = cmdline.compose(None).split(), cmdline.compose(None, pci=True).split()
+
+    assert set(without) - set(with_pci) == {"pci=off"}
+    assert set(with_pci) - set(without) == {"pci=noearly"}
+    assert cmdline.compose("pci=off", pci=True) == "pci=off"
+
+
 def test_base_replaces_the_defaults_and_the_users_words_come_last() -> None:
     line = cmdline.compose("quiet", ["root=/dev/vda", "-- single"], ["virtio_mmio.device=4K@0xd0000000:5"])
 

@@ -130,6 +130,56 @@ def test_a_device_added_later_is_found_where_nothing_was(bus: Bus) -> None:
     assert (first, bus.read(0x200, 1)) == (0xFF, 7)
 
 
+def test_a_device_that_was_removed_is_not_found_any_more(bus: Bus) -> None:
+    gone, stays = Recorder(7), Recorder(8)
+    bus.add(0x200, 1, gone)
+    bus.add(0x201, 1, stays)
+    before = bus.read(0x200, 1), bus.read(0x201, 1)
+
+    bus.remove(0x200)
+
+    assert before == (7, 8)
+    assert (bus.read(0x200, 1), bus.read(0x201, 1)) == (0xFF, 8)
+
+
+def test_the_place_of_a_removed_device_is_free(bus: Bus) -> None:
+    bus.add(0x200, 8, Recorder(7))
+    bus.read(0x200, 1)
+    bus.remove(0x200)
+
+    bus.add(0x200, 8, Recorder(9))
+
+    assert bus.read(0x200, 1) == 9
+
+
+def test_removing_what_is_not_there_is_refused(bus: Bus) -> None:
+    bus.add(0x200, 8, Recorder())
+
+    with pytest.raises(ValueError, match="port: nothing begins at 0x201"):
+        bus.remove(0x201)
+
+
+def test_a_look_up_under_way_does_not_bring_a_removed_device_back(bus: Bus) -> None:
+    """The device goes away between the look-up and the note of what it found."""
+
+    class Leaving:
+        @property
+        def lock(self) -> threading.Lock:
+            bus.remove(0x300)
+            return threading.Lock()
+
+        def read(self, offset: int, size: int) -> int:
+            return 5
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            raise AssertionError
+
+    bus.add(0x300, 1, Leaving())
+    first = bus.read(0x300, 1)
+
+    assert (first, bus.read(0x300, 1)) == (5, 0xFF)
+
+
 def test_same_address_different_sizes_are_different_accesses(bus: Bus) -> None:
     device = Recorder()
     bus.add(0, 16, device)

@@ -56,3 +56,10 @@ def test_paths_and_words() -> None:
 def test_no_initrd_differs_from_the_built_in_one() -> None:
     assert MachineConfig.of(initrd=[]).initrd == ()
     assert MachineConfig.of().initrd is None
+
+
+def test_transport() -> None:
+    assert MachineConfig.of().transport == "mmio"
+    assert MachineConfig.of(transport="pci").transport == "pci"
+    with pytest.raises(ConfigError, match='invalid transport "usb"; use mmio or pci'):
+        MachineConfig.of(transport="usb")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpy.console import INPUT_LIMIT, OUTPUT_LIMIT, TAIL, Console, ConsoleTimeout
+from kvmpy.console import INPUT_LIMIT, LINGER, OUTPUT_LIMIT, TAIL, Console, ConsoleTimeout
 from kvmpy.core.events import EventLoop
 
 SECONDS = 30.0
@@ -85,10 +85,10 @@ def console(loop: EventLoop, uart: FakeUart) -> Console:
 
 
 def settle(loop: EventLoop) -> None:
-    """Until the loop has done what is queued, and what that has queued."""
-    for _ in range(3):
+    """Until the loop has done what is queued and what lingers, and what that has queued."""
+    for seconds in (LINGER, 0, 0):
         done = threading.Event()
-        loop.call_soon(done.set)
+        loop.after(seconds, done.set)
         assert done.wait(SECONDS)
 
 
@@ -122,6 +122,14 @@ def test_text_is_bounded(console: Console, loop: EventLoop) -> None:
     assert TAIL <= len(console.text) <= 2 * TAIL
     assert console.text.endswith("xend")
     assert console.wait_for("xend", timeout=SECONDS) == "xend"
+
+
+def test_end_of_a_line_does_not_linger(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmpy.console.LINGER", SECONDS)
+
+    put(console, b"text\n")
+
+    assert console.wait_for("text\n", timeout=SECONDS / 2) == "text\n"
 
 
 def test_a_slow_host_stops_the_uart_without_losing_a_byte(console: Console, loop: EventLoop, uart: FakeUart) -> None:

@@ -7,7 +7,7 @@ import pytest
 from kvmpy.testing import FakeBoard, RingDriver
 from kvmpy.virtio.device import VirtioDevice
 from kvmpy.virtio.queue import VirtQueue
-from kvmpy.virtio.spec import INTERRUPT, STATUS, F, Type
+from kvmpy.virtio.spec import INTERRUPT, STATUS, Type
 
 READY = STATUS.ACKNOWLEDGE | STATUS.DRIVER | STATUS.FEATURES_OK | STATUS.DRIVER_OK
 
@@ -54,50 +54,6 @@ def test_identity(driver: RingDriver) -> None:
     assert driver.get("MagicValue").to_bytes(4, "little") == b"virt"
     assert (driver.get("Version"), driver.get("DeviceID")) == (2, Type.BLOCK)
     assert driver.get("Status") == 0
-
-
-def test_features_come_in_two_halves(driver: RingDriver) -> None:
-    halves = []
-    for half in (0, 1, 2, 0xFFFFFFFF):
-        driver.set("DeviceFeaturesSel", half)
-        halves.append(driver.get("DeviceFeatures"))
-
-    offered = Probe.features | F.VERSION_1 | F.EVENT_IDX | F.INDIRECT_DESC
-    assert halves == [offered & 0xFFFFFFFF, offered >> 32, 0, 0]
-
-
-@pytest.mark.parametrize("features", [0, 1 << 9, F.VERSION_1 | 1 << 10, F.VERSION_1 | 1 << 34], ids=hex)
-def test_features_that_are_not_agreed_on(driver: RingDriver, features: int) -> None:
-    """Without VERSION_1, or with a bit that was not offered (a packed ring is none), FEATURES_OK does not stay."""
-    driver.set("Status", STATUS.ACKNOWLEDGE | STATUS.DRIVER)
-
-    driver.accept(features)
-    driver.set("Status", driver.get("Status") | STATUS.DRIVER_OK)
-
-    assert driver.get("Status") == STATUS.ACKNOWLEDGE | STATUS.DRIVER
-
-
-def test_driver_comes_up(driver: RingDriver, device: Probe) -> None:
-    driver.start(F.VERSION_1 | 1 << 40)
-
-    driver.kick(1)
-
-    assert driver.get("Status") == READY
-    assert device.told == ["reset", F.VERSION_1 | 1 << 40, 0, 1, 1]  # both queues are looked at once
-
-
-def test_features_are_fixed_once_they_are_agreed_on(driver: RingDriver, device: Probe) -> None:
-    driver.start()
-    driver.set("DriverFeaturesSel", 0)
-    driver.set("DriverFeatures", 0xFFFFFFFF)
-
-    assert driver.transport.core.accepted == F.VERSION_1
-
-
-def test_nothing_is_served_before_driver_ok(driver: RingDriver, device: Probe) -> None:
-    driver.kick(0)
-
-    assert device.told == []
 
 
 @pytest.mark.parametrize("number", [2, 0xFFFF, 0x80000000, 0xFFFFFFFF])
@@ -151,20 +107,6 @@ def test_reset(driver: RingDriver, device: Probe) -> None:
     assert driver.get("QueueReady") == 0
 
 
-def test_status_bits_are_never_cleared_but_by_reset(driver: RingDriver) -> None:
-    driver.start()
-
-    driver.set("Status", STATUS.ACKNOWLEDGE)
-
-    assert driver.get("Status") == READY
-
-
-def test_driver_cannot_claim_that_the_device_needs_a_reset(driver: RingDriver) -> None:
-    driver.set("Status", STATUS.DEVICE_NEEDS_RESET)
-
-    assert driver.get("Status") == 0
-
-
 def test_interrupt_status_stays_until_acknowledged(driver: RingDriver) -> None:
     driver.start()
     core, line = driver.transport.core, driver.board.lines[16]
@@ -174,28 +116,6 @@ def test_interrupt_status_stays_until_acknowledged(driver: RingDriver) -> None:
     assert line.pulses == 2
     assert driver.interrupts() == INTERRUPT.CONFIGURATION
     assert driver.interrupts() == 0
-
-
-def test_configuration_space(driver: RingDriver) -> None:
-    assert [driver.config(offset, size) for offset, size in ((0, 1), (1, 1), (2, 2), (4, 4))] == [
-        1, 2, 0x0403, 0x08070605,
-    ]  # fmt: skip
-    assert [driver.config(offset, 4) for offset in (10, 12, 0xEFC)] == [0x0C0B, 0, 0]
-
-
-def test_configuration_space_is_read_only(driver: RingDriver) -> None:
-    driver.board.memory_bus.write(driver.base + 0x100, 4, 0xFFFFFFFF)
-
-    assert driver.config(0, 4) == 0x04030201
-
-
-def test_generation_tells_of_changes(driver: RingDriver) -> None:
-    before = driver.get("ConfigGeneration")
-
-    driver.transport.core.device.config_changed()
-
-    assert driver.get("ConfigGeneration") == before + 1
-    assert driver.get("InterruptStatus") == 0  # there is no driver to tell
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])

@@ -33,8 +33,8 @@ class Echo(VirtioDevice):
 
 
 @pytest.fixture
-def board() -> FakeBoard:
-    return FakeBoard(4 << 20)
+def board(transport: str) -> FakeBoard:
+    return FakeBoard(4 << 20, transport)
 
 
 @pytest.fixture
@@ -159,13 +159,13 @@ def test_interrupt_at_the_used_event(driver: RingDriver) -> None:
 
 
 def test_one_interrupt_for_all_that_was_served(driver: RingDriver) -> None:
-    line = driver.board.lines[16]
+    before = driver.pulses
     for _ in range(5):
         driver.submit(0, [b"x"])
 
     driver.kick(0)
 
-    assert (line.pulses, len(driver.used(0))) == (1, 5)
+    assert (driver.pulses - before, len(driver.used(0))) == (1, 5)
 
 
 def test_kick_is_asked_for_where_the_device_stopped(driver: RingDriver) -> None:

@@ -9,8 +9,8 @@ from kvmpy.virtio import rng
 
 
 @pytest.fixture
-def driver() -> RingDriver:
-    board = FakeBoard()
+def driver(transport: str) -> RingDriver:
+    board = FakeBoard(transport=transport)
     rng.Rng().attach(board)
     driver = RingDriver(board)
     driver.start()

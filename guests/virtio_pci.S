@@ -1,0 +1,133 @@
+# The driver's half of one virtio-pci device, from the scan to the first answer, by way of a BAR that it moves.
+#
+# Entry: long mode.
+# The device is 00:01.0. Finds the MSI-X capability, reports what BAR 0 says about its size, puts the BAR elsewhere and
+# turns it on. Gives vector 1 of two a message for APIC 0 and queue 0 that vector. Sets up queue 0 with 4 entries and
+# one chain in it: 16 zero bytes to read, 512 bytes and 1 byte to write. Reports Status when it is up; kicks with the
+# vector masked, and reports the pending bits until one is set; then unmasks it and waits in HLT; the interrupt handler
+# reports its vector. Then reports the used ring's index, the length in its first element, the last byte, the first
+# dword of the 512 bytes, and ends with END 0.
+
+        .include "tiny.inc"
+        .equ    VECTOR, 0x36
+        .equ    FUNCTION, 0xe0008000            # layout.PCI_ECAM, device 1
+        .equ    BAR, 0xe2000000                 # inside layout.PCI_WINDOW, not where it was
+        .equ    COMMAND, 0x04
+        .equ    BAR_LOW, 0x10
+        .equ    CAPABILITIES, 0x34
+        .equ    MSIX, 0x11
+        .equ    STATUS, 0x14                    # VIRTIO 1.2, 4.1.4.3
+        .equ    NOTIFY, 0x3000                  # kvmpy/virtio/pci.py
+        .equ    ENTRY, 0x4010                   # of vector 1
+        .equ    PENDING, 0x5000
+
+        .code64
+        mov     $0x7000, %esp
+        lidt    idtr
+        mov     $LAPIC, %eax
+        movl    $0x1ff, LAPIC_SPURIOUS - LAPIC(%rax)
+
+        mov     $FUNCTION, %edi
+        movzbl  CAPABILITIES(%rdi), %ecx
+find:   movzbl  (%rdi,%rcx), %eax
+        cmp     $MSIX, %eax
+        je      found
+        movzbl  1(%rdi,%rcx), %ecx
+        jmp     find
+found:  movl    $-1, BAR_LOW(%rdi)
+        mov     BAR_LOW(%rdi), %eax
+        out     %eax, $REPORT
+        mov     $BAR, %ebx
+        mov     %ebx, BAR_LOW(%rdi)
+        movw    $6, COMMAND(%rdi)               # memory, bus master
+        movw    $0x8000, 2(%rdi,%rcx)           # MSI-X on
+
+        mov     $setup, %esi
+next:   mov     (%rsi), %eax
+        cmp     $-1, %eax
+        je      up
+        mov     8(%rsi), %edx
+        mov     4(%rsi), %ecx
+        add     $12, %esi
+        cmp     $2, %ecx
+        jb      byte
+        je      word
+        mov     %edx, (%rbx,%rax)
+        jmp     next
+word:   mov     %dx, (%rbx,%rax)
+        jmp     next
+byte:   mov     %dl, (%rbx,%rax)
+        jmp     next
+up:     movzbl  STATUS(%rbx), %eax
+        out     %eax, $REPORT
+
+        movw    $0, NOTIFY(%rbx)
+poll:   mov     PENDING(%rbx), %eax
+        test    %eax, %eax
+        jz      poll
+        out     %eax, $REPORT
+        xor     %ebp, %ebp                      # interrupts so far
+        movl    $0, ENTRY + 12(%rbx)
+wait:   sti
+        hlt
+        cli
+        test    %ebp, %ebp
+        jz      wait
+
+        mov     PENDING(%rbx), %eax
+        out     %eax, $REPORT
+        xor     %eax, %eax
+        mov     used + 2, %ax
+        out     %eax, $REPORT
+        mov     used + 8, %eax
+        out     %eax, $REPORT
+        xor     %eax, %eax
+        mov     last, %al
+        out     %eax, $REPORT
+        mov     data, %eax
+        out     %eax, $REPORT
+        finish
+
+interrupt:
+        inc     %ebp
+        mov     $VECTOR, %eax
+        out     %eax, $REPORT
+        mov     $LAPIC, %eax
+        movl    $0, LAPIC_EOI - LAPIC(%rax)
+        iretq
+
+        .balign 8
+setup:  .long   STATUS, 1, 0, STATUS, 1, 1, STATUS, 1, 3        # offset, bytes, value: reset, ACKNOWLEDGE, DRIVER
+        .long   0x08, 4, 0, 0x0c, 4, 0, 0x08, 4, 1, 0x0c, 4, 1  # features: VERSION_1
+        .long   STATUS, 1, 0xb                                  # FEATURES_OK
+        .long   ENTRY, 4, LAPIC, ENTRY + 4, 4, 0, ENTRY + 8, 4, VECTOR
+        .long   0x16, 2, 0, 0x18, 2, 4, 0x1a, 2, 1              # queue 0 has 4 entries and vector 1
+        .long   0x20, 4, desc, 0x24, 4, 0, 0x28, 4, avail, 0x2c, 4, 0, 0x30, 4, used, 0x34, 4, 0
+        .long   0x1c, 2, 1, STATUS, 1, 0xf                      # queue_enable, DRIVER_OK
+        .long   -1
+
+idt:    .rept   VECTOR + 1
+        .word   interrupt, BOOT_CS, 0x8e00, 0           # 64-bit interrupt gate
+        .quad   0
+        .endr
+idtr:   .word   . - idt - 1
+        .quad   idt
+
+        .balign 16
+desc:   .quad   header
+        .long   16
+        .word   1, 1                                    # NEXT
+        .quad   data
+        .long   512
+        .word   3, 2                                    # NEXT, WRITE
+        .quad   last
+        .long   1
+        .word   2, 0                                    # WRITE
+        .zero   16
+avail:  .word   0, 1, 0, 0, 0, 0, 0
+        .balign 4
+used:   .zero   6 + 8 * 4
+        .balign 16
+header: .zero   16
+data:   .zero   512
+last:   .byte   0xff

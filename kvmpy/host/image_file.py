@@ -1,0 +1,152 @@
+"""The file behind a disk image: buffers read and written whole, and a sync that stays failed once it has failed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..core.errors import HostError, ImageError, NotFoundError
+
+IOV_MAX = 1024  # <linux/uio.h> UIO_MAXIOV: the most buffers of one preadv or pwritev
+ZEROS = memoryview(bytes(1 << 20))  # a source of zeros, used in pieces
+
+
+class ImageFile:
+    """A regular file or block device, opened once; as it is, a raw image that backs another one.
+
+    Raises NotFoundError, HostError or ImageError when it cannot be opened. Methods raise OSError.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool, unsafe: bool = False) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._unsafe = unsafe  # sync does nothing
+        self._sync_failed = False
+        self.fd = open_image(path, read_only)
+        self.size = os.lseek(self.fd, 0, os.SEEK_END)  # bytes, when it was opened
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What tells this file from all others of the host, by whatever path it was opened."""
+        info = os.fstat(self.fd)
+        return info.st_dev, info.st_ino
+
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill `buffers` from `offset` on; what lies behind the end of the file reads as zeros."""
+        while buffers:
+            count = os.preadv(self.fd, buffers[:IOV_MAX], offset)
+            if not count:  # the end, or only empty buffers
+                fill_zeros(buffers)
+                return
+            offset += count
+            buffers = skip(buffers, count)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes; OSError EIO when the file ends before that."""
+        data = os.pread(self.fd, length, offset)
+        if len(data) != length:
+            raise OSError(errno.EIO, f"{self.path} ends before {offset + length}")
+        return data
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Write all of `buffers` from `offset` on."""
+        while buffers:
+            count = os.pwritev(self.fd, buffers[:IOV_MAX], offset)
+            offset += count
+            buffers = skip(buffers, count)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of `data` at `offset`."""
+        self.writev(offset, [memoryview(data)])
+
+    def sync(self) -> None:
+        """Make durable what was written. Once that has failed, the kernel has forgotten what it was: never again."""
+        if self._sync_failed:
+            raise OSError(errno.EIO, f"{self.path}: an earlier flush has failed")
+        if self._unsafe:
+            return
+        try:
+            os.fdatasync(self.fd)
+        except OSError:
+            self._sync_failed = True
+            raise
+
+    def close(self) -> None:
+        """Close the descriptor; safe to call twice."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def open_image(path: Path, read_only: bool) -> int:
+    """A descriptor of the disk image at `path`, or an error that says why there is none."""
+    flags = os.O_RDONLY if read_only else os.O_RDWR
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not make us wait
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(f"disk image {path}: no such file", "check the path") from None
+    except IsADirectoryError:
+        raise HostError(f"disk image {path} is a directory", "give a file") from None
+    except PermissionError:
+        remedy = "make it readable" if read_only else "make it writable, or open it read-only"
+        raise HostError(f"disk image {path}: permission denied", remedy) from None
+    except ValueError:  # a NUL in the path
+        raise HostError(f"disk image {str(path)!r} is no path", "check the path") from None
+    except OSError as error:
+        raise HostError(f"disk image {path}: {error.strerror}", "give a file that can be opened") from None
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISDIR(mode):
+        os.close(fd)
+        raise HostError(f"disk image {path} is a directory", "give a file")
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        os.close(fd)
+        raise ImageError(f"disk image {path} is neither a file nor a block device", "give one of these")
+    return fd
+
+
+class Cursor:
+    """Takes the bytes of a list of buffers from its front, as many at a time as wanted."""
+
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        self._buffers = buffers
+        self._index = 0
+        self._at = 0  # in the buffer at _index
+
+    def take(self, length: int) -> list[memoryview]:
+        """The next `length` bytes; raises IndexError when there are fewer."""
+        taken = []
+        while length:
+            buffer = self._buffers[self._index]
+            piece = buffer[self._at : self._at + length]
+            taken.append(piece)
+            length -= len(piece)
+            self._at += len(piece)
+            if self._at == len(buffer):
+                self._index += 1
+                self._at = 0
+        return taken
+
+
+def total(buffers: Sequence[memoryview]) -> int:
+    """How many bytes `buffers` have together."""
+    return sum(map(len, buffers))
+
+
+def skip(buffers: Sequence[memoryview], count: int) -> Sequence[memoryview]:
+    """What `buffers` have behind their first `count` bytes."""
+    for index, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[index + 1 :]]
+        count -= len(buffer)
+    return []
+
+
+def fill_zeros(buffers: Sequence[memoryview]) -> None:
+    """Overwrite all of `buffers` with zeros."""
+    for buffer in buffers:
+        for at in range(0, len(buffer), len(ZEROS)):
+            piece = buffer[at : at + len(ZEROS)]
+            piece[:] = ZEROS[: len(piece)]

@@ -1,0 +1,99 @@
+"""Ethernet frames over a stream socket, each behind its length: the way of QEMU's `-netdev stream` and of passt."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..core.errors import HostError
+from .frames import MAX_FRAME, Frame
+
+LENGTH = 4  # bytes in front of a frame, big-endian
+BUFFER = 2 * (LENGTH + MAX_FRAME)  # bytes that are read ahead at most
+FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
+class FrameStream:
+    """A NetBackend on a connected stream socket, which it owns; `peer` names the other side in errors."""
+
+    vnet_header = False
+
+    def __init__(self, stream: socket.socket, peer: str) -> None:
+        self._socket = stream
+        self._peer = peer
+        self._rest = memoryview(b"")  # of a frame that the socket took in part
+        self._buffer = memoryview(bytearray(BUFFER))
+        self._start = self._end = 0  # of what was read and not yet given out
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, frame: Sequence[Frame]) -> bool:
+        if not self.flush():
+            return False
+        size = sum(map(len, frame))
+        parts = [size.to_bytes(LENGTH, "big"), *frame]
+        sent = self._sent(parts)
+        if sent == 0:
+            return False
+        if sent < LENGTH + size:
+            self._rest = memoryview(b"".join(parts))[sent:]  # a copy: the pieces are the guest's again
+        return True
+
+    def flush(self) -> bool:
+        if self._rest:
+            self._rest = self._rest[self._sent([self._rest]) :]
+        return not self._rest
+
+    def receive(self) -> Frame | None:
+        while True:  # at most until the buffer is full, which is more than a frame
+            have = self._end - self._start
+            if have >= LENGTH:
+                body = self._start + LENGTH
+                size = int.from_bytes(self._buffer[self._start : body], "big")
+                if not 0 < size <= MAX_FRAME:
+                    raise self._broken(f"sent a frame of {size} bytes")
+                if have >= LENGTH + size:
+                    self._start = body + size
+                    return self._buffer[body : body + size]
+            if self._start:
+                self._buffer[:have] = bytes(self._buffer[self._start : self._end])
+                self._start, self._end = 0, have
+            try:
+                count = self._socket.recv_into(self._buffer[self._end :], 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise self._broken(f"has gone: {error.strerror}") from None
+            if not count:
+                raise self._broken("has hung up")
+            self._end += count
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _sent(self, parts: Sequence[Frame]) -> int:
+        """How many bytes the socket took."""
+        try:
+            return self._socket.sendmsg(parts, (), FLAGS)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self._broken(f"has gone: {error.strerror}") from None
+
+    def _broken(self, why: str) -> HostError:
+        return HostError(f"{self._peer} {why}")
+
+
+def connect(path: Path) -> FrameStream:
+    """Connect to whoever listens on the UNIX socket `path`; raises HostError."""
+    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        stream.connect(str(path))
+    except OSError as error:
+        stream.close()
+        raise HostError(
+            f'cannot connect the network to "{path}": {error.strerror or error}', "start what listens there first"
+        ) from None
+    return FrameStream(stream, f'the network at "{path}"')

@@ -1,0 +1,756 @@
+"""The network device (VIRTIO 1.2, 5.1): frames both ways, both sides slow, and drivers that break the rules."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from itertools import dropwhile, pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmpy.core.errors import ConfigError, HostError
+from kvmpy.core.events import READ, WRITE
+from kvmpy.host.frames import MAX_FRAME, Frame
+from kvmpy.testing import FakeBoard, RingDriver
+from kvmpy.virtio.net import BATCH, NET_F, RX, TX, Net, parse_mac
+from kvmpy.virtio.spec import INTERRUPT, F
+
+MAC = "02:00:00:00:00:01"
+PLAIN = bytes(12)  # a header that says nothing
+FRAME = bytes(range(60))
+BASIC = F.VERSION_1 | F.EVENT_IDX | F.INDIRECT_DESC | NET_F.MAC | NET_F.STATUS
+MERGE = BASIC | NET_F.MRG_RXBUF
+OFFLOADS = MERGE | NET_F.OFFLOADS
+
+
+class Wire:
+    """The far end of a `socket` network."""
+
+    def __init__(self, path: Path) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._peer: socket.socket | None = None
+        self._got = b""
+
+    @property
+    def peer(self) -> socket.socket:
+        if self._peer is None:
+            self._peer, _ = self._listener.accept()
+            self._peer.setblocking(False)
+        return self._peer
+
+    def send(self, *frames: bytes) -> None:
+        self.peer.setblocking(True)
+        self.peer.sendall(b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames))
+        self.peer.setblocking(False)
+
+    def frames(self) -> list[bytes]:
+        """All whole frames that have come."""
+        found = []
+        while data := self._data():
+            self._got += data
+        while len(self._got) >= 4 and len(self._got) >= 4 + (size := int.from_bytes(self._got[:4], "big")):
+            found.append(self._got[4 : 4 + size])
+            self._got = self._got[4 + size :]
+        return found
+
+    def _data(self) -> bytes:
+        try:
+            return self.peer.recv(1 << 20)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        self.peer.close()
+        self._listener.close()
+
+
+class FakeTap:
+    """A backend whose frames have headers, with `incoming` to be read; it keeps what is `sent`."""
+
+    vnet_header = True
+
+    def __init__(self) -> None:
+        self.incoming: list[bytes] = []
+        self.sent: list[bytes] = []
+        self._end, self._other = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    def send(self, frame: Sequence[Frame]) -> bool:
+        self.sent.append(b"".join(frame))
+        return True
+
+    def flush(self) -> bool:
+        return True
+
+    def receive(self) -> Frame | None:
+        return self.incoming.pop(0) if self.incoming else None
+
+    def close(self) -> None:
+        self._end.close()
+        self._other.close()
+
+
+class TapNet(Net):
+    """A network device on a FakeTap."""
+
+    def open(self) -> FakeTap:
+        self.tap = FakeTap()
+        return self.tap
+
+
+class Rig:
+    """A device, its driver, and the wire between the device and the test."""
+
+    def __init__(self, net: Net, wire: Wire | None) -> None:
+        self.board = FakeBoard(8 << 20)
+        self.net = net
+        net.attach(self.board)
+        self.wire = wire  # type: ignore[assignment]
+        self.driver = RingDriver(self.board)
+        self.steps = self.board.steps
+
+    wire: Wire
+
+    @property
+    def fd(self) -> int:
+        """The descriptor that the loop watches."""
+        (fd,) = self.steps.watched
+        return fd
+
+    @property
+    def waits_for(self) -> int:
+        return self.steps.watched[self.fd]
+
+    def turn(self) -> None:
+        """One turn of the loop, in which the backend is ready."""
+        for fd in list(self.steps.watched):
+            self.steps.ready(fd)
+        self.steps.turn()
+
+    def start(self, features: int = MERGE) -> None:
+        """A driver with `features`, and all that follows from its start."""
+        self.driver.start(features)
+        self.turn()
+        self.driver.interrupts()
+
+    def send(self, *readable: bytes) -> int:
+        """The guest sends; returns the head."""
+        head = self.driver.submit(TX, readable)
+        self.driver.kick(TX)
+        return head
+
+    def offer(self, *sizes: int) -> list[int]:
+        """The guest offers a buffer of each size; returns their heads."""
+        heads = [self.driver.submit(RX, writable=[size]) for size in sizes]
+        self.driver.kick(RX)
+        return heads
+
+    def received(self) -> list[bytes]:
+        """What the guest finds in the buffers that came back, headers included."""
+        return [self.driver.data(RX, head)[:count] for head, count in self.driver.used(RX)]
+
+
+def header(buffers: int = 1) -> bytes:
+    return bytes(10) + struct.pack("<H", buffers)
+
+
+@pytest.fixture
+def plugged(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    """Makes a Rig with a `socket` network, of which the driver is not yet up."""
+    rigs: list[Rig] = []
+
+    def plugged(**options: object) -> Rig:
+        path = tmp_path / "wire"
+        wire = Wire(path)
+        rigs.append(Rig(Net("socket", path=path, **{"mac": MAC, **options}), wire))  # type: ignore[arg-type]
+        return rigs[-1]
+
+    yield plugged
+    for rig in rigs:
+        rig.net.close()
+        rig.wire.close()
+        assert rig.steps.watched == {}
+
+
+@pytest.fixture
+def rig(plugged: Callable[..., Rig]) -> Rig:
+    rig = plugged()
+    rig.start()
+    return rig
+
+
+@pytest.fixture
+def tap() -> Iterator[Rig]:
+    rig = Rig(TapNet("tap", mac=MAC), None)
+    rig.start(OFFLOADS)
+    yield rig
+    rig.net.close()
+
+
+# What the driver sees.
+
+
+def test_configuration_space(plugged: Callable[..., Rig]) -> None:
+    driver = plugged(mtu=1400).driver
+
+    assert bytes(driver.config(n, 1) for n in range(6)) == bytes.fromhex("020000000001")
+    assert (driver.config(6, 2), driver.config(10, 2)) == (1, 1400)  # LINK_UP, mtu
+
+
+@pytest.mark.parametrize(
+    ("options", "features"),
+    [
+        ({}, NET_F.MAC | NET_F.STATUS | NET_F.MRG_RXBUF),
+        ({"mtu": 68}, NET_F.MAC | NET_F.STATUS | NET_F.MRG_RXBUF | NET_F.MTU),
+        ({"backend": "tap"}, NET_F.MAC | NET_F.STATUS | NET_F.MRG_RXBUF | NET_F.OFFLOADS),
+    ],
+)
+def test_features(options: dict[str, object], features: int) -> None:
+    assert Net(**options).features == features  # type: ignore[arg-type]
+
+
+def test_guest_cannot_change_its_address(rig: Rig) -> None:
+    """Hostile: row 39."""
+    for offset, size in ((0, 1), (0, 2), (0, 4), (4, 4), (0xEFF, 1), (0xEFC, 4)):
+        rig.board.memory_bus.write(rig.driver.base + 0x100 + offset, size, 0xFFFFFFFF >> 8 * (4 - size))
+
+    assert rig.driver.config(0, 4) == 0x00000002
+    assert rig.net.mac == parse_mac(MAC)
+
+
+def test_default_addresses() -> None:
+    board, again = FakeBoard(), FakeBoard()
+    nets = [Net("none") for _ in range(3)]
+    for net, on in zip(nets, (board, board, again), strict=True):
+        net.attach(on)
+
+    first, second, rerun = (net.mac for net in nets)
+    assert first != second
+    assert first == rerun
+    assert first[0] == 2  # locally administered, not multicast
+
+
+# Frames.
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+@pytest.mark.parametrize("cuts", [[], [12], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [5, 5, 40], [71]])
+def test_from_the_guest_in_any_layout(rig: Rig, cuts: list[int], indirect: bool) -> None:
+    data = PLAIN + FRAME
+    edges = [0, *cuts, len(data)]
+    head = rig.driver.submit(TX, [data[a:b] for a, b in pairwise(edges)], indirect=indirect)
+
+    rig.driver.kick(TX)
+
+    assert rig.wire.frames() == [FRAME]
+    assert rig.driver.used(TX) == [(head, 0)]
+    assert rig.net.tx_dropped == 0
+
+
+@pytest.mark.parametrize("features", [BASIC, MERGE])
+def test_to_the_guest(rig: Rig, features: int) -> None:
+    rig.start(features)
+    rig.offer(1526, 1526)
+
+    rig.wire.send(FRAME)
+    rig.turn()
+
+    assert rig.received() == [header() + FRAME]
+    assert rig.driver.interrupts() == INTERRUPT.USED_BUFFER
+
+
+def test_frame_over_several_buffers(rig: Rig) -> None:
+    frame = bytes(n % 251 for n in range(1000))
+    rig.offer(400, 300, 320, 400)
+
+    rig.wire.send(frame, FRAME)
+    rig.turn()
+
+    data = header(3) + frame
+    assert rig.received() == [data[:400], data[400:700], data[700:], header() + FRAME]
+
+
+def test_buffers_of_a_frame_come_back_at_once(rig: Rig) -> None:
+    """A driver that has seen the first one takes the others without waiting."""
+    rig.offer(40, 40)
+    indices = []
+    ring = rig.driver.queues[RX].used
+    write = rig.board.mem.regions[0].buf
+    queue = rig.net.queues[RX]
+    push = queue.push
+
+    def spy(*chains: object) -> None:
+        before = bytes(write[ring + 2 : ring + 4])
+        push(*chains)  # type: ignore[arg-type]
+        indices.append((before, bytes(write[ring + 2 : ring + 4])))
+
+    queue.push = spy  # type: ignore[method-assign]
+    rig.wire.send(FRAME)
+    rig.turn()
+
+    assert indices == [(b"\0\0", b"\2\0")]
+
+
+def test_without_mergeable_buffers_a_frame_has_to_fit_into_one(rig: Rig) -> None:
+    rig.start(BASIC)
+    rig.offer(71, 200)
+
+    rig.wire.send(FRAME, FRAME[:59])
+    for _ in range(3):
+        rig.turn()
+
+    assert rig.received() == [header() + FRAME[:59]]
+    assert rig.net.rx_dropped == 1
+
+
+def test_one_interrupt_for_a_batch(rig: Rig) -> None:
+    rig.offer(*[100] * 10)
+    rig.driver.board.mem.write(rig.driver.queues[RX].avail + 4 + 2 * 256, struct.pack("<H", 0))
+    line = rig.board.lines[16]
+    before = line.pulses
+
+    rig.wire.send(*[FRAME] * 10)
+    rig.turn()
+
+    assert (line.pulses - before, len(rig.received())) == (1, 10)
+
+
+def test_mtu_is_kept(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(mtu=100)
+    rig.start(MERGE | NET_F.MTU)
+    rig.offer(1526, 1526)
+
+    rig.wire.send(bytes(119), bytes(118))
+    rig.turn()
+
+    assert rig.received() == [header() + bytes(118)]
+
+
+@given(
+    sizes=st.lists(st.integers(14, 3000), min_size=1, max_size=12),
+    buffers=st.lists(st.integers(0, 700), min_size=1, max_size=8),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_buffers_and_any_frames(sizes: list[int], buffers: list[int]) -> None:
+    """Frames that fit come whole and in order."""
+    tap = Rig(TapNet("tap", mac=MAC), None)
+    tap.start(MERGE)
+    frames = [bytes([n]) * size for n, size in enumerate(sizes)]
+    tap.net.tap.incoming = [PLAIN + frame for frame in frames]
+    got: list[bytes] = []
+
+    for _ in range(20):
+        tap.offer(*buffers, 512)
+        tap.turn()
+        got += tap.received()
+
+    tap.net.close()
+    found = []
+    while got := list(dropwhile(lambda data: not data, got)):  # too small for a header: came back at once
+        (count,) = struct.unpack_from("<H", got[0], 10)
+        found.append(b"".join(got[:count])[12:])
+        del got[:count]
+    assert found == frames[: len(found)]
+    assert sum(map(len, found)) >= min(sum(sizes), 20 * 512 - 3000 - 13 * 12)
+    assert tap.net.rx_dropped == 0
+
+
+# Slow sides.
+
+
+def test_frames_stay_with_the_host_while_there_are_no_buffers(rig: Rig) -> None:
+    """Hostile: row 44. Nothing is read, nothing spins, and buffers get all of it going again."""
+    rig.wire.send(FRAME, FRAME)
+    rig.turn()
+    without = rig.waits_for
+
+    rig.offer(100)
+    one = rig.received()
+    empty = rig.waits_for
+    rig.offer(100, 100)
+
+    assert (without, one, empty) == (0, [header() + FRAME], 0)
+    assert rig.received() == [header() + FRAME]
+    assert rig.waits_for == READ
+
+
+def test_frame_waits_for_more_buffers(rig: Rig) -> None:
+    rig.wire.send(FRAME * 5)
+    rig.turn()
+    rig.offer(100, 100)
+    few = rig.received()
+
+    rig.offer(100, 100)
+
+    assert few == []
+    assert b"".join(rig.received()) == header(4) + FRAME * 5
+
+
+def test_frames_stay_in_the_ring_while_the_host_is_slow(rig: Rig) -> None:
+    """All of them arrive, whole and in order, when it reads again."""
+    frames = [bytes([n % 251]) * 60_000 for n in range(30)]
+    for frame in frames:
+        rig.driver.submit(TX, [PLAIN, frame])
+    rig.driver.kick(TX)
+    stalled, waits_for = len(rig.driver.used(TX)), rig.waits_for
+
+    found = []
+    for _ in range(60):
+        found += rig.wire.frames()
+        rig.turn()
+
+    assert stalled < len(frames)
+    assert waits_for & WRITE
+    assert found == frames
+    assert stalled + len(rig.driver.used(TX)) == len(frames)
+    assert rig.waits_for == 0
+
+
+def test_flood_of_tiny_frames_has_a_quota(rig: Rig) -> None:
+    """Hostile: row 45. One turn of the loop takes so many, in each direction, however often it is told to look."""
+    rig.offer(*[100] * 200)
+    rig.wire.send(*[FRAME] * 200)
+    for _ in range(200):
+        rig.driver.submit(TX, [PLAIN + FRAME])
+    counts = []
+
+    for _ in range(3):
+        rig.driver.kick(RX)
+        rig.driver.kick(TX)
+        counts.append((len(rig.received()), len(rig.driver.used(TX))))
+
+    assert counts == [(2 * BATCH, BATCH), (200 - 2 * BATCH, 2 * BATCH), (0, 200 - 3 * BATCH)]
+
+
+def test_kicks_do_not_pile_up(rig: Rig) -> None:
+    """Hostile: row 45. A guest that kicks all the time while there is more to do gets one turn for all of it."""
+    for _ in range(250):
+        rig.driver.submit(TX, [PLAIN + FRAME])
+    for _ in range(100):
+        rig.driver.set("QueueNotify", TX)
+
+    rig.steps.turn()
+
+    assert len(rig.driver.used(TX)) == BATCH
+
+
+# Hostile drivers.
+
+
+@pytest.mark.parametrize(
+    "readable",
+    [[], [b""], [PLAIN[:1]], [PLAIN[:11]], [PLAIN], [PLAIN, FRAME[:13]], [PLAIN, bytes(MAX_FRAME + 1)]],
+    ids=["nothing", "empty", "1 byte", "11 bytes", "only a header", "half an Ethernet header", "too long"],
+)
+def test_frames_that_cannot_be_are_dropped(rig: Rig, readable: list[bytes]) -> None:
+    """Hostile: rows 41 and 42."""
+    head = rig.driver.submit(TX, readable, [] if readable else [16])
+    rig.driver.kick(TX)
+    dropped = rig.driver.used(TX)
+    rig.send(PLAIN + FRAME)
+
+    assert dropped == [(head, 0)]
+    assert (rig.net.tx_dropped, rig.wire.frames()) == (1, [FRAME])
+
+
+def test_frame_of_four_gigabytes(rig: Rig) -> None:
+    """Hostile: row 41. The same megabytes, many times, are not copied."""
+    driver = rig.driver
+    table = driver.allocate(16 * 256, 16)
+    for n in range(256):
+        driver.descriptor(table, n, 0, 8 << 20, 1 if n < 255 else 0, n + 1)  # NEXT
+    driver.descriptor(driver.queues[TX].desc, 0, table, 16 * 256, 4, 0)  # INDIRECT
+    driver.publish(TX, 0)
+
+    driver.kick(TX)
+
+    assert driver.used(TX) == [(0, 0)]
+    assert rig.net.tx_dropped == 1
+
+
+def test_buffers_that_hold_no_frame_come_back(rig: Rig) -> None:
+    """Hostile: row 42."""
+    rig.wire.send(FRAME)
+    rig.turn()
+    tiny = rig.offer(1, 0, 11)
+    read_only = rig.driver.submit(RX, [b"text"])
+    rig.driver.kick(RX)
+    useless = rig.driver.used(RX)
+
+    rig.offer(100)
+
+    assert useless == [(head, 0) for head in [*tiny, read_only]]
+    assert rig.received() == [header() + FRAME]
+
+
+def test_frame_for_which_the_whole_ring_is_too_small(rig: Rig) -> None:
+    rig.driver.start(MERGE, [2, 2])
+    rig.offer(30, 30)
+    rig.wire.send(FRAME, FRAME[:20])
+
+    for _ in range(3):
+        rig.turn()
+
+    assert rig.net.rx_dropped == 1
+    assert b"".join(rig.received()) == header(2) + FRAME[:20]
+
+
+HEADERS = {
+    "checksum behind the frame": (1, 0, 0, 0, 59, 0),
+    "checksum far behind": (1, 0, 0, 0, 0xFFFF, 0xFFFF),
+    "segments of nothing": (1, 1, 54, 0, 34, 16),
+    "segments without a checksum": (0, 1, 54, 1460, 0, 0),
+    "segments of an unknown kind": (1, 9, 54, 1460, 34, 16),
+    "segments of UDP, not offered": (1, 3, 42, 1460, 34, 6),
+    "header longer than the frame": (1, 1, 61, 1460, 34, 16),
+}
+
+
+@pytest.mark.parametrize("fields", HEADERS.values(), ids=HEADERS)
+def test_headers_that_make_no_sense(tap: Rig, fields: tuple[int, ...]) -> None:
+    """Hostile: rows 42 and 43."""
+    head = tap.send(struct.pack("<BBHHHHH", *fields, 0) + FRAME)
+
+    assert tap.driver.used(TX) == [(head, 0)]
+    assert tap.net.tx_dropped == 1
+    assert tap.net.tap.sent == []
+
+
+@pytest.mark.parametrize("fields", HEADERS.values(), ids=HEADERS)
+def test_headers_mean_nothing_without_offloads(rig: Rig, fields: tuple[int, ...]) -> None:
+    rig.send(struct.pack("<BBHHHHH", *fields, 0) + FRAME)
+
+    assert rig.wire.frames() == [FRAME]
+
+
+def test_driver_that_breaks_the_queue(rig: Rig) -> None:
+    """The wire keeps its frames, nothing spins, and after a reset it works again."""
+    rig.offer(100)
+    rig.driver.publish(RX, 0xFFFF)
+    rig.wire.send(FRAME, FRAME)
+    rig.turn()
+    broken, waits_for = rig.driver.needs_reset, rig.waits_for
+
+    rig.start()
+    rig.offer(100, 100)
+
+    assert (broken, waits_for) == (True, 0)
+    assert not rig.driver.needs_reset
+    assert header() + FRAME in rig.received()
+
+
+# Offloads.
+
+
+@pytest.mark.parametrize("kind", [1, 4, 0x81, 0x84])
+def test_offloads_go_to_the_tap(tap: Rig, kind: int) -> None:
+    said = struct.pack("<BBHHHHH", 0xFF, kind, 54, 1460, 34, 16, 0xFFFF)
+
+    tap.send(said + FRAME)
+
+    assert tap.net.tap.sent == [struct.pack("<BBHHHHH", 1, kind, 54, 1460, 34, 16, 0) + FRAME]
+
+
+def test_offloads_that_the_driver_did_not_accept(tap: Rig) -> None:
+    tap.start(MERGE)
+    tap.offer(100, 100)
+
+    tap.send(struct.pack("<BBHHHHH", 1, 0, 0, 0, 34, 16, 0) + FRAME)
+    tap.send(struct.pack("<BBHHHHH", 1, 1, 54, 1460, 34, 16, 0) + FRAME)
+    tap.net.tap.incoming = [
+        struct.pack("<BBHHHHH", flags, kind, 0, 0, 0, 0, 0) + FRAME for flags, kind in ((1, 0), (2, 0), (0, 1))
+    ]
+    tap.turn()
+
+    assert [sent[:2] + sent[12:] for sent in tap.net.tap.sent] == [b"\0\0" + FRAME]  # flag ignored, segments dropped
+    assert tap.received() == [header() + FRAME]  # nothing half done, and flags are 0
+    assert (tap.net.tx_dropped, tap.net.rx_dropped) == (1, 2)
+
+
+def test_offloads_reach_the_guest(tap: Rig) -> None:
+    tap.offer(100)
+    tap.net.tap.incoming = [struct.pack("<BBHHHHH", 1, 4, 74, 1440, 54, 16, 0) + FRAME]
+
+    tap.turn()
+
+    assert tap.received() == [struct.pack("<BBHHHHH", 1, 4, 74, 1440, 54, 16, 1) + FRAME]
+
+
+# The life of the device.
+
+
+@pytest.mark.parametrize("waiting", ["for frames", "for nothing"])
+def test_other_end_goes(rig: Rig, waiting: str) -> None:
+    rig.offer(*[100] * (waiting == "for frames"))
+    rig.wire.peer.close()
+
+    rig.turn()
+
+    assert rig.driver.config(6, 2) == 0  # no LINK_UP
+    assert rig.driver.interrupts() & INTERRUPT.CONFIGURATION
+    assert [event for event, _ in rig.board.logs] == ["a network link is down"]
+    assert rig.steps.watched == {}
+
+
+def test_other_end_goes_while_the_guest_sends(rig: Rig) -> None:
+    rig.wire.peer.close()
+
+    heads = [rig.send(PLAIN + FRAME), rig.send(PLAIN + FRAME)]
+
+    assert rig.driver.used(TX) == [(head, 0) for head in heads]
+    assert rig.driver.config(6, 2) == 0
+    assert len(rig.board.logs) == 1
+
+
+def test_other_end_goes_before_the_driver_is_up(plugged: Callable[..., Rig]) -> None:
+    rig = plugged()
+    rig.wire.peer.close()
+
+    rig.turn()
+    rig.start()
+
+    assert rig.driver.config(6, 2) == 0
+
+
+def test_other_end_sends_nonsense(rig: Rig) -> None:
+    rig.offer(100)
+    rig.wire.peer.send(b"\xff\xff\xff\xff")
+
+    rig.turn()
+
+    assert rig.driver.config(6, 2) == 0
+    assert "sent a frame of 4294967295 bytes" in str(rig.board.logs[0][1]["why"])
+
+
+def test_plugged_into_nothing(tmp_path: Path) -> None:
+    rig = Rig(Net("none", pcap=tmp_path / "capture"), None)
+    rig.start()
+
+    head = rig.send(PLAIN + FRAME)
+
+    assert rig.driver.used(TX) == [(head, 0)]
+    assert rig.driver.config(6, 2) == 0
+    assert (tmp_path / "capture").read_bytes()[40:] == FRAME
+    rig.net.close()
+
+
+def test_reset_and_again(rig: Rig) -> None:
+    for _ in range(100):
+        rig.offer(100)
+        rig.driver.set("Status", 0)
+        rig.start()
+    rig.offer(100)
+    rig.wire.send(FRAME)
+
+    rig.turn()
+
+    assert rig.received() == [header() + FRAME]
+
+
+def test_nothing_moves_after_a_reset(rig: Rig) -> None:
+    rig.offer(100)
+    rig.driver.submit(TX, [PLAIN + FRAME])
+    rig.driver.set("QueueNotify", TX)
+    rig.driver.set("Status", 0)
+    rig.wire.send(FRAME)
+
+    rig.turn()
+
+    assert (rig.received(), rig.wire.frames(), rig.waits_for) == ([], [], 0)
+
+
+def test_state_and_restore(rig: Rig) -> None:
+    rig.offer(100, 100)
+    rig.driver.submit(TX, [PLAIN + FRAME])
+    state = rig.driver.transport.state()
+
+    rig.driver.set("Status", 0)
+    rig.net.mac = bytes(6)
+    rig.driver.transport.restore(state)
+    rig.wire.send(FRAME)
+    rig.turn()
+
+    assert rig.received() == [header() + FRAME]
+    assert rig.wire.frames() == [FRAME]
+    assert rig.net.mac == parse_mac(MAC)
+
+
+def test_restored_without_its_link(rig: Rig) -> None:
+    state = rig.driver.transport.state()
+    rig.wire.peer.close()
+    rig.turn()
+    rig.driver.interrupts()
+
+    rig.driver.transport.restore(state)
+
+    assert rig.driver.interrupts() & INTERRUPT.CONFIGURATION
+
+
+def test_capture(plugged: Callable[..., Rig], tmp_path: Path) -> None:
+    rig = plugged(pcap=tmp_path / "capture")
+    rig.start()
+    rig.offer(40, 40)
+
+    rig.send(PLAIN, b"sent" * 15)
+    rig.wire.send(b"received" * 7)
+    rig.turn()
+
+    capture = (tmp_path / "capture").read_bytes()
+    assert capture[32:40] == struct.pack("<II", 60, 60)
+    assert (capture[40:100], capture[116:]) == (b"sent" * 15, b"received" * 7)
+
+
+def test_capture_that_ends(plugged: Callable[..., Rig], tmp_path: Path) -> None:
+    rig = plugged(pcap=tmp_path / "capture")
+    rig.start()
+    rig.net._pcap._fd, kept = -2, rig.net._pcap._fd  # type: ignore[union-attr]
+
+    for _ in range(3):
+        rig.send(PLAIN + FRAME)
+
+    assert rig.wire.frames() == [FRAME] * 3
+    assert [event for event, _ in rig.board.logs] == ["a network capture has ended"]
+    os.close(kept)
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "bridge"}, 'unknown network "bridge"; use user, tap, socket or none'),
+        ({"mac": "02:00:00:00:00"}, '"02:00:00:00:00" is no MAC address; use one such as 02:00:00:00:00:01'),
+        ({"mac": "0_:00:00:00:00:01"}, "is no MAC address"),
+        ({"mac": "01:00:5e:00:00:01"}, "01:00:5e:00:00:01 is a multicast address; use an even first byte"),
+        ({"mac": "ff:ff:ff:ff:ff:ff"}, "is a multicast address"),
+        ({"mac": "00:00:00:00:00:00"}, "00:00:00:00:00:00 is no address of an interface"),
+        ({"mtu": 67}, "a network device cannot have mtu=67; use 68 to 65535"),
+        ({"mtu": 65536}, "mtu=65536"),
+        ({"backend": "socket"}, 'the network "socket" needs a path'),
+        ({"path": Path("x")}, 'path=x means nothing to the network "user"; it is for socket'),
+        ({"backend": "none", "publish": "80:80"}, "it is for user"),
+        ({"name": "tap0"}, "it is for tap"),
+        ({"backend": "tap", "name": "a/b"}, '"a/b" is no name for a network interface'),
+        ({"backend": "tap", "name": "x" * 16}, "is no name for a network interface"),
+        ({"backend": "tap", "name": "tap%d"}, "is no name for a network interface"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Net(**options)  # type: ignore[arg-type]
+
+
+def test_socket_without_a_peer(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="cannot connect the network to"):
+        Net("socket", path=tmp_path / "none").attach(FakeBoard())
