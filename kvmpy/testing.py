@@ -257,7 +257,6 @@ class RingDriver:
         """Reset, agree on `features`, set up the queues (of `sizes` entries, else as large as they may be), go."""
         self.set("Status", 0)
         self.set("Status", STATUS.ACKNOWLEDGE | STATUS.DRIVER)
-        self._registers.connect()
         self.accept(features)
         assert self.get("Status") & STATUS.FEATURES_OK, "the device does not take these features"
         self.queues = []
@@ -268,6 +267,8 @@ class RingDriver:
         self.board.steps.turn()
 
     def accept(self, features: int) -> None:
+        """Agree on `features`, as far as the device does; from here on its interrupts count."""
+        self._registers.connect()
         self.features = features
         for half in (0, 1):
             self.set("DriverFeaturesSel", half)

@@ -239,9 +239,9 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
         return int(queue is not None and queue.enabled)
 
     def write_queue_enable(self, value: int) -> None:
-        """Only 1 means something: a driver must not write 0 (4.1.4.3.2)."""
-        if value == 1 and (queue := self._settable):
-            queue.enabled = True
+        queue = self._selected
+        if queue is not None and self.core.configurable and value in (0, 1):
+            queue.enabled = bool(value)
 
     def read_queue_notify_off(self) -> int:
         return self.queue_select if self._selected is not None else 0

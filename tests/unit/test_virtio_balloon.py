@@ -23,8 +23,8 @@ MEMFREE, MEMTOT = 4, 5
 
 
 @pytest.fixture
-def board() -> FakeBoard:
-    return FakeBoard(RAM)
+def board(transport: str) -> FakeBoard:
+    return FakeBoard(RAM, transport)
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_driver_says_how_large_the_balloon_is(driver: RingDriver, device: Balloo
 
 
 def write_actual(driver: RingDriver, pages: int) -> None:
-    driver.board.memory_bus.write(driver.base + 0x104, 4, pages)
+    driver.write_config(4, 4, pages)
 
 
 def test_actual_is_at_most_what_there_is(driver: RingDriver, device: Balloon) -> None:
@@ -159,7 +159,7 @@ def test_actual_is_at_most_what_there_is(driver: RingDriver, device: Balloon) ->
 def test_driver_writes_nothing_but_actual(driver: RingDriver, device: Balloon, offset: int, size: int) -> None:
     device.target(1 << 20)
 
-    driver.board.memory_bus.write(driver.base + 0x100 + offset, size, (1 << 8 * size) - 1)
+    driver.write_config(offset, size, (1 << 8 * size) - 1)
 
     assert (driver.config(0, 4), device.actual) == (256, 0)
 

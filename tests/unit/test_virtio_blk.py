@@ -29,8 +29,8 @@ READ_ONLY = F.VERSION_1 | BLK_F.FLUSH
 class Disk:
     """A Blk on a FakeBoard, with a driver that is up."""
 
-    def __init__(self, path: Path, features: int = FEATURES, **options: Any) -> None:
-        self.board = FakeBoard(16 << 20)
+    def __init__(self, path: Path, features: int = FEATURES, transport: str = "mmio", **options: Any) -> None:
+        self.board = FakeBoard(16 << 20, transport)
         self.device = Blk(path=path, **options)
         self.device.attach(self.board)
         self.driver = RingDriver(self.board)
@@ -86,9 +86,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def connect(path: Path, request: pytest.FixtureRequest) -> Connect:
+def connect(path: Path, transport: str, request: pytest.FixtureRequest) -> Connect:
     def connect(features: int = FEATURES, **options: Any) -> Disk:
-        disk = Disk(**{"path": path, "features": features} | options)
+        disk = Disk(**{"path": path, "features": features, "transport": transport} | options)
         request.addfinalizer(disk.device.close)
         return disk
 
@@ -688,7 +688,7 @@ def test_hostile_39_config_is_read_only(disk: Disk) -> None:
 
     for offset in (0, 4, 8, 32, 0x3C, 0xEFC, 0xEFF):
         for size in (1, 2, 4, 8):
-            disk.board.memory_bus.write(disk.driver.base + 0x100 + offset, size, 2 ** (8 * size) - 1)
+            disk.driver.write_config(offset, size, 2 ** (8 * size) - 1)
 
     assert bytes(disk.config.buf) == before
     assert disk.works

@@ -44,8 +44,8 @@ class Owner:
 
 
 @pytest.fixture
-def board() -> FakeBoard:
-    return FakeBoard(4 << 20)
+def board(transport: str) -> FakeBoard:
+    return FakeBoard(4 << 20, transport)
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_size_that_cannot_be(device: VirtioConsole, cols: int, rows: int) -> Non
 
 def test_driver_changes_no_configuration(device: VirtioConsole, driver: RingDriver) -> None:
     for offset in range(0, 12, 4):
-        driver.board.memory_bus.write(driver.base + 0x100 + offset, 4, 0xFFFFFFFF)
+        driver.write_config(offset, 4, 0xFFFFFFFF)
 
     assert [driver.config(offset, 4) for offset in (0, 4, 8)] == [0, 1, 0]
 
