@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.core.errors import ConfigError, HostError, ImageError, KvmpyError, NotFoundError
+from kvmpy.core.errors import HostError, ImageError, KvmpyError, NotFoundError
 from kvmpy.host.qcow2 import Qcow2
 
 CLUSTER = 512
