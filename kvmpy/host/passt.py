@@ -152,7 +152,10 @@ class Passt(FrameStream):
             os.close(ended)
         if not happened.get(pipe, 0) & select.POLLIN:
             why = self._last_words() or ("it ended" if happened else f"nothing happened for {START_SECONDS:g} s")
-            raise HostError(f"passt does not start: {why}", "it needs an interface with a default route; try it by hand: passt --foreground")
+            raise HostError(
+                f"passt does not start: {why}",
+                "it needs an interface with a default route; try it by hand: passt --foreground",
+            )
 
     def _broken(self, why: str) -> HostError:
         """Its socket has failed: most likely, it has ended."""
