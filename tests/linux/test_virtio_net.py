@@ -30,7 +30,7 @@ ORDINARY = 1514  # bytes of a full frame
 
 def load(name: str, kernel: Path) -> None:
     """Load a module of the emulated host, which has those of the `amd64` kernel but not at hand; else a no-op."""
-    for module in kernel.parents[1].glob(f"lib/modules/{os.uname().release}/**/{name}.ko*"):
+    for module in kernel.parents[1].glob(f"lib/modules/{os.uname().release}/kernel/drivers/net/{name}.ko*"):
         subprocess.run(["insmod", str(module)], check=True)
 
 
