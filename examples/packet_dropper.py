@@ -2,7 +2,7 @@
 
     kvmpy boot --device ./examples/packet_dropper.py:PacketDropper,share=0.2
 
-`ping` in the guest shows the loss, and TCP how it copes.
+`arping` in the guest shows the loss, for requests and for answers, and TCP how it copes.
 """
 
 from __future__ import annotations
