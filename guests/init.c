@@ -915,7 +915,7 @@ static void boot_disk(void)
 	if (!option("root=", spec, sizeof spec))
 		return;
 	if (!find_root(spec)) {
-		complain("no disk ", spec, 0);
+		complain("no disk (or no driver for it): ", spec, 0);
 		return;
 	}
 	error = mount_root(option("rw", rw, sizeof rw) && !rw[0] ? 0 : MS_RDONLY);

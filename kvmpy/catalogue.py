@@ -21,6 +21,9 @@ from .core.errors import ConfigError, NotFoundError
 
 CATALOGUE = {
     "virtio-balloon": "virtio.balloon:Balloon",
+    "virtio-blk": "virtio.blk:Blk",
+    "virtio-console": "virtio.console:VirtioConsole",
+    "virtio-net": "virtio.net:Net",
     "virtio-rng": "virtio.rng:Rng",
 }
 SWITCH = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": False, "false": False, "0": False}

@@ -83,12 +83,11 @@ def open_image(path: Path, *, read_only: bool, cache: str, snapshot: bool, forma
 
 
 def _open_qcow2(path: Path, read_only: bool, cache: str, backing: bool) -> Image:
-    from importlib import import_module  # only for those who use it
+    from .qcow2 import Qcow2  # only for those who use it
 
     if cache == "direct":
         raise ConfigError(f"disk image {path}: cache=direct is for raw images", "use cache=writeback")
-    opener: Callable[..., Image] = import_module(".qcow2", __package__).Qcow2
-    return opener(path, read_only=read_only, backing=backing, unsafe=cache == "unsafe")
+    return Qcow2(path, read_only=read_only, backing=backing, unsafe=cache == "unsafe")
 
 
 def open_raw(path: Path, *, read_only: bool = False, cache: str = "writeback") -> Raw:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..core.errors import HostError, ImageError, NotFoundError
+from .disk import IOV_MAX, open_file
 
-IOV_MAX = 1024  # <linux/uio.h> UIO_MAXIOV: the most buffers of one preadv or pwritev
 ZEROS = memoryview(bytes(1 << 20))  # a source of zeros, used in pieces
 
 
 class ImageFile:
-    """A regular file or block device, opened once; as it is, a raw image that backs another one.
+    """A regular file or block device, opened and locked once; as it is, a raw image that backs another one.
 
-    Raises NotFoundError, HostError or ImageError when it cannot be opened. Methods raise OSError.
+    Raises as disk.open_file when it cannot be opened. Methods raise OSError.
     """
 
     def __init__(self, path: Path, *, read_only: bool, unsafe: bool = False) -> None:
@@ -25,7 +23,7 @@ class ImageFile:
         self.read_only = read_only
         self._unsafe = unsafe  # sync does nothing
         self._sync_failed = False
-        self.fd = open_image(path, read_only)
+        self.fd = open_file(path, read_only)
         self.size = os.lseek(self.fd, 0, os.SEEK_END)  # bytes, when it was opened
 
     @property
@@ -79,32 +77,6 @@ class ImageFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-
-def open_image(path: Path, read_only: bool) -> int:
-    """A descriptor of the disk image at `path`, or an error that says why there is none."""
-    flags = os.O_RDONLY if read_only else os.O_RDWR
-    try:
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not make us wait
-    except (FileNotFoundError, NotADirectoryError):
-        raise NotFoundError(f"disk image {path}: no such file", "check the path") from None
-    except IsADirectoryError:
-        raise HostError(f"disk image {path} is a directory", "give a file") from None
-    except PermissionError:
-        remedy = "make it readable" if read_only else "make it writable, or open it read-only"
-        raise HostError(f"disk image {path}: permission denied", remedy) from None
-    except ValueError:  # a NUL in the path
-        raise HostError(f"disk image {str(path)!r} is no path", "check the path") from None
-    except OSError as error:
-        raise HostError(f"disk image {path}: {error.strerror}", "give a file that can be opened") from None
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISDIR(mode):
-        os.close(fd)
-        raise HostError(f"disk image {path} is a directory", "give a file")
-    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-        os.close(fd)
-        raise ImageError(f"disk image {path} is neither a file nor a block device", "give one of these")
-    return fd
 
 
 class Cursor:

@@ -203,7 +203,7 @@ class Blk(VirtioDevice):
         if image is None or (limit is not None and limit.waiting):
             return
         for chain in queue.available():
-            self._request(image, chain)
+            self.answer(image, chain)
             queue.push(chain)
             if limit is not None and not limit.spend(max(chain.size, chain.capacity)):
                 return  # what else is in the queue stays there until the limit's timer
@@ -215,8 +215,8 @@ class Blk(VirtioDevice):
             self.serve((self._first + number) % count)
         self._first = (self._first + 1) % count
 
-    def _request(self, image: Image, chain: Chain) -> None:
-        """Do one request and write its status, which is the last byte of the chain (5.2.6)."""
+    def answer(self, image: Image, chain: Chain) -> None:
+        """Do one request and write its status, the last byte of the chain (5.2.6). A subclass may answer otherwise."""
         room = chain.capacity - 1
         if room < 0:
             return

@@ -85,8 +85,9 @@ class Port:
         """Send `data` to the guest; how many bytes were taken. `on_room` tells when the rest would be."""
         taken = min(len(data), INPUT_LIMIT - len(self._input))
         self._short = taken < len(data)
-        self._input += data[:taken]
-        self._device.serve_soon(self.receive_queue)
+        if taken:
+            self._input += data[:taken]
+            self._device.serve_soon(self.receive_queue)
         return taken
 
     def drained(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 from ..core.board import Board
+from ..core.buffers import pieces
 from ..core.errors import ConfigError, HostError
 from ..core.events import READ, WRITE
 from ..core.regs import Bits, bit
@@ -26,7 +27,7 @@ from ..host.frames import ETH_HEADER, MAX_FRAME, VLAN_TAG, VNET_HEADER, Frame, N
 from ..host.passt import Passt, parse_forwards
 from ..host.pcap import Pcap
 from .device import VirtioDevice
-from .queue import Chain, VirtQueue, pieces
+from .queue import Chain, VirtQueue
 from .spec import Type
 
 RX, TX = 0, 1  # queues (5.1.2)

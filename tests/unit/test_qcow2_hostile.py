@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.core.errors import ConfigError, HostError, ImageError, KvmpyError, NotFoundError
+from kvmpy.core.errors import HostError, ImageError, KvmpyError, NotFoundError
 from kvmpy.host.qcow2 import Qcow2
 
 CLUSTER = 512
@@ -373,7 +373,7 @@ def test_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
 def test_device_that_is_no_disk(device: str) -> None:
-    with pytest.raises(ConfigError, match="neither a file nor a block device"):
+    with pytest.raises(HostError, match="neither a file nor a block device"):
         Qcow2(Path(device), read_only=True)
 
 
