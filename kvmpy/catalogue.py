@@ -22,7 +22,6 @@ from .core.errors import ConfigError, NotFoundError
 CATALOGUE = {
     "virtio-balloon": "virtio.balloon:Balloon",
     "virtio-blk": "virtio.blk:Blk",
-    "virtio-console": "virtio.console:VirtioConsole",
     "virtio-net": "virtio.net:Net",
     "virtio-rng": "virtio.rng:Rng",
 }
