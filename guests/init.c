@@ -920,7 +920,10 @@ static void boot_disk(void)
 	}
 	error = mount_root(option("rw", rw, sizeof rw) && !rw[0] ? 0 : MS_RDONLY);
 	if (error) {
-		complain("cannot mount ", root, error);
+		if (error == -EINVAL)
+			complain("no file system that this kernel knows on ", root, 0);
+		else
+			complain("cannot mount ", root, error);
 		return;
 	}
 	for (unsigned i = 0; !init && i < sizeof inits / sizeof inits[0]; i++) {
