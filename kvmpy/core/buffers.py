@@ -17,3 +17,12 @@ def pieces(buffers: Sequence[memoryview], at: int, size: int) -> list[memoryview
             size -= len(piece)
         at = max(0, at - len(buffer))
     return found
+
+
+def behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What `buffers` have behind their first `count` bytes; empty buffers at the front go with these."""
+    for index, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[index + 1 :]]
+        count -= len(buffer)
+    return []

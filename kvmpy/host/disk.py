@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..core.buffers import behind
 from ..core.errors import ConfigError, HostError, ImageError, NotFoundError
 from .filelock import lock
 
@@ -196,7 +197,7 @@ class Raw:
             if not done:
                 raise OSError(errno.EIO, "the file has become shorter")
             offset += done
-            rest = _behind(rest, done)
+            rest = behind(rest, done)
 
     def _allocate(self, mode: int, offset: int, length: int) -> bool:
         """fallocate(), False where it is not supported."""
@@ -206,15 +207,6 @@ class Raw:
         if result:
             raise OSError(result, os.strerror(result))
         return True
-
-
-def _behind(buffers: list[memoryview], done: int) -> list[memoryview]:
-    """What is left of `buffers` behind the first `done` bytes."""
-    for number, buffer in enumerate(buffers):
-        if done < len(buffer):
-            return [buffer[done:], *buffers[number + 1 :]]
-        done -= len(buffer)
-    return []
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..core.buffers import behind
 from .disk import IOV_MAX, open_file
 
 ZEROS = memoryview(bytes(1 << 20))  # a source of zeros, used in pieces
@@ -40,7 +41,7 @@ class ImageFile:
                 fill_zeros(buffers)
                 return
             offset += count
-            buffers = skip(buffers, count)
+            buffers = behind(buffers, count)
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes; OSError EIO when the file ends before that."""
@@ -54,7 +55,7 @@ class ImageFile:
         while buffers:
             count = os.pwritev(self.fd, buffers[:IOV_MAX], offset)
             offset += count
-            buffers = skip(buffers, count)
+            buffers = behind(buffers, count)
 
     def write(self, offset: int, data: bytes) -> None:
         """Write all of `data` at `offset`."""
@@ -105,15 +106,6 @@ class Cursor:
 def total(buffers: Sequence[memoryview]) -> int:
     """How many bytes `buffers` have together."""
     return sum(map(len, buffers))
-
-
-def skip(buffers: Sequence[memoryview], count: int) -> Sequence[memoryview]:
-    """What `buffers` have behind their first `count` bytes."""
-    for index, buffer in enumerate(buffers):
-        if count < len(buffer):
-            return [buffer[count:], *buffers[index + 1 :]]
-        count -= len(buffer)
-    return []
 
 
 def fill_zeros(buffers: Sequence[memoryview]) -> None:
