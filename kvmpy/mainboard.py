@@ -111,9 +111,11 @@ class MainBoard:
     def _edge_gsi(self) -> int:
         """A line for a device that only makes edges: these can share one, since the guest asks all of its devices
         after each edge. The last free lines are left to devices that cannot."""
-        if len(self._free_gsis) > SPARE_GSIS:
-            return self._free_gsis.pop(0)
         used = [gsi for _, gsi in self.virtio_mmio]
+        if len(self._free_gsis) > SPARE_GSIS or (self._free_gsis and not used):
+            return self._free_gsis.pop(0)
+        if not used:
+            raise ConfigError("no free interrupt line", "attach fewer devices that have one of their own")
         return min(used, key=used.count)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from rig import Rig
 
 from kvmpy.core.board import Reason, Stop
 from kvmpy.core.bus import Bus
+from kvmpy.core.errors import ConfigError
 from kvmpy.core.events import EventLoop
 from kvmpy.mainboard import MainBoard
 from kvmpy.pci.config import MEMORY_BAR_64
@@ -112,3 +113,23 @@ def test_kick_over_pci_is_no_exit(vm: Rig, pci_board: MainBoard) -> None:
 
     assert BAR + TABLE + 0x1C in tap.written  # the unmasking of vector 1
     assert BAR + NOTIFY not in tap.written
+
+
+def test_more_devices_than_lines(vm: Rig, board: MainBoard) -> None:
+    """They share lines; some are left for devices that cannot share."""
+    for _ in range(40):
+        Rng().attach(board)
+
+    lines = [gsi for _, _, gsi in board.virtio_resources()]
+    assert len(lines) == 40
+    assert max(map(lines.count, lines)) - min(map(lines.count, lines)) <= 1
+    assert board.irq() is not None
+
+
+def test_no_line_at_all(vm: Rig, board: MainBoard) -> None:
+    with pytest.raises(ConfigError, match="no free interrupt line"):
+        for _ in range(layout.IOAPIC_PINS):
+            board.irq()
+
+    with pytest.raises(ConfigError, match="no free interrupt line"):
+        Rng().attach(board)
