@@ -14,6 +14,7 @@ from kvmpy.core.errors import ConfigError
 from kvmpy.core.events import EventLoop
 from kvmpy.mainboard import MainBoard
 from kvmpy.pci.config import MEMORY_BAR_64
+from kvmpy.virtio.blk import Blk
 from kvmpy.virtio.mmio import QUEUE_NOTIFY
 from kvmpy.virtio.pci import BAR_SIZE, NOTIFY, TABLE
 from kvmpy.virtio.rng import Rng
@@ -62,6 +63,17 @@ def test_one_request(vm: Rig, board: MainBoard) -> None:
     status, interrupt, index, length, _last, data = vm.reports
     assert (status, interrupt, index, length) == (UP, INTERRUPT.USED_BUFFER, 1, 513)
     assert data != 0
+
+
+def test_sector_of_a_disk(vm: Rig, board: MainBoard, tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(b"boot" * 128)
+    disk = Blk(path=tmp_path / "disk.img")
+    disk.attach(board)
+
+    vm.run("virtio")
+
+    _, _, _, length, status, data = vm.reports
+    assert (length, status, data.to_bytes(4, "little")) == (513, 0, b"boot")
 
 
 def test_kick_is_no_exit(vm: Rig, board: MainBoard) -> None:
