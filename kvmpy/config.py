@@ -14,6 +14,7 @@ from .x86 import layout
 UNITS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 SIZE = re.compile(r"(?P<number>[0-9]{1,18})(?P<unit>[BKMGT]?)(?:I?B)?", re.ASCII | re.IGNORECASE)
 MIN_MEMORY = layout.MIB
+CONSOLES = ("serial", "virtio")
 TRANSPORTS = ("mmio", "pci")  # of virtio devices
 MAX_CPUS = 4096  # a mistake in --cpus ends here; KVM's own limit, asked later, is often lower
 
@@ -48,6 +49,7 @@ class MachineConfig:
     modules  kernel modules for the built-in initramfs to load, besides those for the devices
     devices  devices besides those that every machine has, as for --device (catalogue.py)
     environment  NAME=VALUE words for the shell of the built-in initramfs
+    console  what the kernel's console is: "serial" (ttyS0), or "virtio" (hvc0), which starts when its driver does
     transport  how virtio devices are connected: "mmio", or "pci" with MSI-X
     """
 
@@ -62,6 +64,7 @@ class MachineConfig:
     modules: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
+    console: str = "serial"
     transport: str = "mmio"
 
     @classmethod
@@ -78,6 +81,7 @@ class MachineConfig:
         modules: Sequence[str] = (),
         devices: Sequence[str] = (),
         environment: Sequence[str] = (),
+        console: str = "serial",
         transport: str = "mmio",
     ) -> MachineConfig:
         """Check and convert what a person wrote; an int for `mem` counts MiB too. Raises ConfigError."""
@@ -86,6 +90,8 @@ class MachineConfig:
             raise ConfigError(f'invalid size "{mem}"', f"a machine has 1M to {layout.MAX_RAM >> 30}G of memory")
         if size % layout.PAGE:
             raise ConfigError(f'invalid size "{mem}"', "memory comes in whole pages of 4K")
+        if console not in CONSOLES:
+            raise ConfigError(f'invalid console "{console}"', f"use {' or '.join(CONSOLES)}")
         if transport not in TRANSPORTS:
             raise ConfigError(f'invalid transport "{transport}"', f"use {' or '.join(TRANSPORTS)}")
         if isinstance(initrd, (str, PathLike)):
@@ -102,5 +108,6 @@ class MachineConfig:
             modules=tuple(modules),
             devices=tuple(devices),
             environment=tuple(environment),
+            console=console,
             transport=transport,
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .boot import cmdline, initrd, kernels, loader
 from .boot.spec import BootSpec, EntryPoint, Mode
@@ -52,9 +52,13 @@ HALTED = "System halted"  # what it says when that was asked for
 ORDERLY = {Reason.POWEROFF, Reason.RESET, Reason.EXIT, Reason.HALT}
 
 LINUX_PROTOCOLS = ("pvh", "linux64", "decompressor")
+HVC = "console=hvc0"  # behind console=ttyS0: the last one is /dev/console
 QUIET = ("quiet", "loglevel=1")  # with --exec, the console is for the command's output, and for panics
 
 EXIT_MARKER = re.compile(r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z")  # guests/init.c
+
+if TYPE_CHECKING:
+    from .virtio.console import VirtioConsole
 
 MakeEndpoint = Callable[[EventLoop, Console], Endpoint | None]
 
@@ -75,6 +79,7 @@ class Machine:
         self.vcpus: list[VcpuThread] = []
         self.entry: EntryPoint
         self.cmdline = ""
+        self.hvc: VirtioConsole | None = None  # the virtio console, where that is the kernel's
         self.started_at = 0.0  # time.monotonic() of the guest's first instruction
         self._make_endpoint = endpoint
         self._added: list[Attachable] = []
@@ -235,8 +240,7 @@ class Machine:
         self.boot_timer = BootTimer(layout.BOOT_TIMER)
         self.post_codes = PostCodes(layout.PORT_POST)
         debug_ports = [Debugcon(self.console, port) for port in (layout.PORT_BOCHS, layout.PORT_DEBUGCON)]
-        self.console.connect(self.serial, debug_ports)
-        self.serial.on_room = self.console.room
+        self._connect_console(debug_ports)
         if self._make_endpoint is not None:
             self.console.attach(self._make_endpoint(self._console_loop, self.console))
         devices: list[Attachable] = [
@@ -253,6 +257,8 @@ class Machine:
             Pvpanic(layout.PORT_PVPANIC),
             ResetControl(layout.PORT_RESET_CONTROL),
         ]
+        if self.hvc is not None:
+            devices.append(self.hvc)
         devices += self._added
         if self.config.devices:
             from . import catalogue  # not needed by most
@@ -260,6 +266,19 @@ class Machine:
             devices += [catalogue.make(text) for text in self.config.devices]
         for device in devices:
             device.attach(self.board)
+
+    def _connect_console(self, debug_ports: list[Debugcon]) -> None:
+        """Output of all comes to the console; input goes to the one that the kernel has as its console."""
+        if self.config.console == "virtio":
+            from .virtio.console import VirtioConsole  # not needed by most
+
+            self.hvc = VirtioConsole()
+            port = self.hvc.ports[0]
+            port.on_data, port.on_room = self.console.write, self.console.room
+            self.console.connect(self.hvc, [self.serial, *debug_ports])
+        else:
+            self.console.connect(self.serial, debug_ports)
+            self.serial.on_room = self.console.room
 
     def _create_vcpus(self) -> None:
         """All vCPUs with their CPUID and MSRs; the first one will start, the others wait for its call."""
@@ -285,7 +304,7 @@ class Machine:
             words += self.board.virtio_words()
         self.cmdline = cmdline.compose(
             self.config.cmdline if linux else self.config.cmdline or "",
-            self.config.append,
+            [*([HVC] if linux and self.hvc is not None else []), *self.config.append],
             words if linux else (),
             pci=self.board.pci is not None,
         )

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--append", "--params", metavar="WORDS", action="append", default=[], help="words behind the command line")
     add("--boot", metavar="PROTOCOL", default="auto", help="auto, pvh, linux64, decompressor, multiboot or flat")
     add("--exec", metavar="CMD", help="shell command, or file with a script, for the built-in initramfs to run")
+    add("--console", metavar="KIND", default="serial", help="the kernel's console: serial (default) or virtio (hvc0)")
     add("--transport", metavar="BUS", default="mmio", help="how virtio devices are connected: mmio (default) or pci")
     add(
         "-d",
@@ -81,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a device, or FILE.py:CLASS of your own",
     )
-    add("--serial", metavar="WHERE", help=f"the serial console: {endpoint.KINDS} (default stdio)")
+    add("--serial", metavar="WHERE", help=f"where the console ends: {endpoint.KINDS} (default stdio)")
     add("--timeout", metavar="S", help="stop after S seconds, with status 124")
     add("--json", action="store_true", help="print the outcome, console text included, as JSON")
     add("-v", "--verbose", action="count", default=0, help="tell what is done and why; twice: every unmapped access")
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         environment=terminal_words(),
         boot=args.boot,
         exec=command(args.exec),
+        console=args.console,
         transport=args.transport,
         devices=devices(args.disk, args.net, args.publish, args.device),
     )

@@ -126,6 +126,8 @@ class Port:
             return
         budget = BUDGET
         for chain in queue.available():
+            if not self.listening:
+                self._device.heard(self)
             size = chain.size
             while self._passed_on < size and not self._full and budget > 0:
                 data = chain.read(PIECE, self._passed_on)
@@ -220,8 +222,6 @@ class VirtioConsole(VirtioDevice):
 
     def activate(self, features: int, queues: Sequence[VirtQueue]) -> None:
         self._multiport = bool(features & CONSOLE_F.MULTIPORT)
-        if not self._multiport:
-            self.ports[0].listen(True)
 
     def notify(self, index: int, queue: VirtQueue) -> None:
         if index in (CONTROL_RECEIVE, CONTROL_TRANSMIT):
@@ -231,6 +231,12 @@ class VirtioConsole(VirtioDevice):
         port = self._port(0 if index <= TRANSMIT else index // 2 - 1)
         if port is not None and (self._multiport or port.number == 0):
             (port.fill if index == port.receive_queue else port.empty)(queue)
+
+    def heard(self, port: Port) -> None:
+        """The guest has written to a port that it has not said to be open: a console alone says nothing else. Linux
+        throws away what comes before its console is set up."""
+        if not self._multiport:
+            port.listen(True)
 
     def reset(self) -> None:
         self._multiport = self._ready = False

@@ -70,3 +70,19 @@ def test_hvc0_and_a_named_port(cloud: Path) -> None:
     assert resized == "30 100\r\norg.example.agent\r\nlate\r\n"
     assert (closed, opened) == (False, True)
     assert (much, complete) == ("0\r\n", True)
+
+
+def test_hvc0_is_the_console(cloud: Path) -> None:
+    """The shell is on it, and follows its size."""
+    with kvmpy.Machine(kernel=cloud, console="virtio", append="quiet") as vm:
+        vm.wait_for_console("# ", LIMIT)
+        terminal = ask(vm, "tty")
+        assert vm.hvc is not None
+        with vm.hvc.lock:
+            vm.hvc.resize(100, 30)
+        size = ask(vm, "sleep 0.5; stty size")
+        vm.console.send("exit\n")
+        stop = vm.wait(LIMIT)
+
+    assert (terminal, size) == ("/dev/hvc0\r\n", "30 100\r\n")
+    assert stop.reason is kvmpy.Reason.POWEROFF

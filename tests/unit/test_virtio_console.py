@@ -239,10 +239,11 @@ def test_buffers_with_no_room(device: VirtioConsole, driver: RingDriver, sizes: 
     assert driver.request(RX, writable=[1]) == b"x"
 
 
-def test_listening_from_when_the_driver_is_up(device: VirtioConsole, board: FakeBoard, owner: Owner) -> None:
+def test_listening_from_the_first_output_on(device: VirtioConsole, board: FakeBoard, owner: Owner) -> None:
     driver = RingDriver(board)
-    before = device.listening
     driver.start()
+    before = device.listening
+    driver.request(TX, [b"# "])
     up, told = device.listening, owner.rooms
     driver.set("Status", 0)
 
