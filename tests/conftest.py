@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from kvmpy.core.errors import KvmError
 from kvmpy.kvm.handle import Kvm
+
+# The same examples in each run, however slow the machine; `--hypothesis-profile=default` looks for others.
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
 
 KVM_LEVEL = Path(__file__).parent / "kvm"
 
