@@ -106,28 +106,4 @@ setup:  .long   STATUS, 1, 0, STATUS, 1, 1, STATUS, 1, 3        # offset, bytes,
         .long   0x1c, 2, 1, STATUS, 1, 0xf                      # queue_enable, DRIVER_OK
         .long   -1
 
-idt:    .rept   VECTOR + 1
-        .word   interrupt, BOOT_CS, 0x8e00, 0           # 64-bit interrupt gate
-        .quad   0
-        .endr
-idtr:   .word   . - idt - 1
-        .quad   idt
-
-        .balign 16
-desc:   .quad   header
-        .long   16
-        .word   1, 1                                    # NEXT
-        .quad   data
-        .long   512
-        .word   3, 2                                    # NEXT, WRITE
-        .quad   last
-        .long   1
-        .word   2, 0                                    # WRITE
-        .zero   16
-avail:  .word   0, 1, 0, 0, 0, 0, 0
-        .balign 4
-used:   .zero   6 + 8 * 4
-        .balign 16
-header: .zero   16
-data:   .zero   512
-last:   .byte   0xff
+        .include "virtio.inc"
