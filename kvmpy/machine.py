@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Self
 from .boot import cmdline, initrd, kernels, loader
 from .boot.spec import BootSpec, EntryPoint, Mode
 from .config import MachineConfig
-from .console import Console, Endpoint
+from .console import BATCH, OUTPUT_LIMIT, Console, Endpoint
 from .core.board import Attachable, Reason, Stop
 from .core.errors import CannotRunKernels, ConfigError, HostError
 from .core.events import EventLoop
 from .core.log import log
 from .core.memory import GuestMemory
+from .core.outbox import Outbox
+from .core.pure import PURE
 from .devices.acpi_ged import AcpiGed
 from .devices.acpi_pm import AcpiPm
 from .devices.boot_timer import BootTimer
@@ -34,6 +36,7 @@ from .devices.postcode import PostCodes
 from .devices.pvpanic import Pvpanic
 from .devices.reset_control import ResetControl
 from .devices.serial import Serial
+from .kvm.fast import FastOutbox
 from .kvm.handle import Kvm, Vcpu
 from .kvm.probe import runs_ring0_natively
 from .kvm.state import Regs, Sregs
@@ -90,7 +93,7 @@ class Machine:
         self.loop = EventLoop("io", self._loop_failed)
         self._undo.callback(self.loop.stop)
         self._console_loop = EventLoop("console", self._loop_failed)
-        self.console = Console(self._console_loop)
+        self.console = Console(self._console_loop, self._outbox())
         self._undo.callback(self.console.detach)  # when the loop no longer runs: callbacks go in reverse
         self._undo.callback(self._console_loop.stop)
 
@@ -165,6 +168,20 @@ class Machine:
             self.stop(Stop(Reason.QUIT))
             self.wait()
         self._undo.close()
+
+    def _outbox(self) -> Outbox | None:
+        """The console's, watched by its loop; None: the console makes one of its own."""
+        if PURE:
+            return None
+        outbox = FastOutbox(OUTPUT_LIMIT, BATCH)
+        self._undo.callback(outbox.close)
+
+        def look() -> None:
+            os.eventfd_read(outbox.fd)
+            self.console.look()
+
+        self._console_loop.add(outbox.fd, look)
+        return outbox
 
     # While it runs.
 
@@ -292,7 +309,9 @@ class Machine:
             )
             vcpu.set_msrs(msr.BOOT)
             vcpu.set_lapic(lapic.virtual_wire(vcpu.lapic(), boot_cpu=apic_id == 0))
-            self.vcpus.append(VcpuThread(vcpu, self.board.ports, self.board.memory_bus, self.stop))
+            thread = VcpuThread(vcpu, self.board.ports, self.board.memory_bus, self.stop, self.board.cells)
+            self._undo.callback(thread.close)
+            self.vcpus.append(thread)
 
     def _load(self, image: loader.KernelImage, linux: bool) -> None:
         """Tables and kernel into memory, the first vCPU to the kernel's entry."""

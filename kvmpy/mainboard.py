@@ -10,11 +10,14 @@ from functools import partial
 
 from .core.board import Stop
 from .core.bus import Bus, BusDevice
+from .core.cell import Cell
 from .core.errors import ConfigError, KvmError
 from .core.events import EventLoop
 from .core.irq import IrqLine
 from .core.log import LEVELS, log
 from .core.memory import GuestMemory
+from .core.sink import Sink
+from .kvm.fast import MMIO, Cells
 from .kvm.handle import Vm
 from .kvm.irq import GsiLine, MsiLine, MsiRouter
 from .pci.bus import PciBus
@@ -38,7 +41,13 @@ class MainBoard:
         self.mem = mem
         self.loop = loop
         self.ports = Bus("port", lambda address, size, value: _unmapped("port", address, size, value))
-        self.memory_bus = Bus("mmio", lambda address, size, value: _unmapped("mmio", address, size, value))
+        self.memory_bus = Bus(
+            "mmio",
+            lambda address, size, value: _unmapped("mmio", address, size, value),
+            slots=self.ports.slots,
+            tag=MMIO,
+        )
+        self.cells = Cells()
         self.words: list[str] = []
         self._vm = vm
         self._stop = stop
@@ -69,6 +78,9 @@ class MainBoard:
                 raise ConfigError(f"MMIO at {base:#x} would hide RAM", "leave the address to the board")
         self.memory_bus.add(base, size, device)
         return base
+
+    def cell(self, address: int, size: int, *, mmio: bool = False, sink: Sink | None = None) -> Cell:
+        return self.cells.add(address, size, mmio=mmio, stream=getattr(sink, "stream", None))
 
     def irq(self, gsi: int | None = None) -> IrqLine:
         if gsi is None:

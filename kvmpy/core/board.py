@@ -8,9 +8,11 @@ from enum import Enum
 from typing import Any, Protocol
 
 from .bus import BusDevice
+from .cell import Cell
 from .events import EventLoop
 from .irq import IrqLine, Message
 from .memory import GuestMemory
+from .sink import Sink
 
 
 class Reason(Enum):
@@ -64,6 +66,11 @@ class Board(Protocol):
 
     def mmio(self, size: int, device: BusDevice, base: int | None = None) -> int:
         """Give `size` bytes of MMIO to `device`, at `base` or wherever there is room; returns where."""
+
+    def cell(self, address: int, size: int, *, mmio: bool = False, sink: Sink | None = None) -> Cell:
+        """Where the device says what it would do at a port or MMIO address, so that it need not be asked.
+
+        A WRITE_STREAM goes to `sink`."""
 
     def irq(self, gsi: int | None = None) -> IrqLine:
         """Interrupt line `gsi`, or one that is free."""

@@ -13,6 +13,7 @@ from kvmpy.core.board import Reason, Stop
 from kvmpy.core.bus import Bus
 from kvmpy.core.errors import ConfigError
 from kvmpy.core.events import EventLoop
+from kvmpy.kvm import exits
 from kvmpy.mainboard import MainBoard
 from kvmpy.pci.config import MEMORY_BAR_64
 from kvmpy.virtio.blk import Blk
@@ -83,7 +84,7 @@ def test_kick_is_no_exit(vm: Rig, board: MainBoard) -> None:
 
     vm.run("virtio")
 
-    writes = [fields[1] for fields in vm.thread.recent if fields[0] == 6 and fields[4]]  # KVM_EXIT_MMIO, is_write
+    writes = [exit.address for exit in vm.thread.recent() if exit.reason == exits.EXIT_MMIO and exit.is_write]
     assert layout.MMIO_DEVICES + 0x64 in writes  # InterruptACK
     assert layout.MMIO_DEVICES + QUEUE_NOTIFY not in writes
 
