@@ -47,6 +47,7 @@ class MachineConfig:
     boot     protocol, or "auto"
     exec     a shell command for the built-in initramfs to run instead of a shell
     modules  kernel modules for the built-in initramfs to load, besides those for the devices
+    modules_dir  where the kernel's modules are; None: beside it, or in /lib/modules
     devices  devices besides those that every machine has, as for --device (catalogue.py)
     environment  NAME=VALUE words for the shell of the built-in initramfs
     console  what the kernel's console is: "serial" (ttyS0), or "virtio" (hvc0), which starts when its driver does
@@ -62,6 +63,7 @@ class MachineConfig:
     boot: str = "auto"
     exec: str | None = None
     modules: tuple[str, ...] = ()
+    modules_dir: Path | None = None
     devices: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
     console: str = "serial"
@@ -79,6 +81,7 @@ class MachineConfig:
         boot: str = "auto",
         exec: str | None = None,
         modules: Sequence[str] = (),
+        modules_dir: str | PathLike[str] | None = None,
         devices: Sequence[str] = (),
         environment: Sequence[str] = (),
         console: str = "serial",
@@ -106,6 +109,7 @@ class MachineConfig:
             boot=boot,
             exec=exec,
             modules=tuple(modules),
+            modules_dir=None if modules_dir is None else Path(fspath(modules_dir)),
             devices=tuple(devices),
             environment=tuple(environment),
             console=console,

@@ -18,7 +18,7 @@ from .boot.spec import BootSpec, EntryPoint, Mode
 from .config import MachineConfig
 from .console import BATCH, OUTPUT_LIMIT, Console, Endpoint
 from .core.board import Attachable, Reason, Stop
-from .core.errors import CannotRunKernels, ConfigError, HostError
+from .core.errors import CannotRunKernels, ConfigError, HostError, ImageError
 from .core.events import EventLoop
 from .core.log import log
 from .core.memory import GuestMemory
@@ -319,7 +319,7 @@ class Machine:
         self.console.patient = linux
         quiet = QUIET if self.config.exec is not None else ()
         words = [*self.board.words, *self.config.environment, *quiet]
-        if "acpi=off" in f"{self.config.cmdline} {' '.join(self.config.append)}".split():
+        if cmdline.acpi_is_off(" ".join([self.config.cmdline or "", *self.config.append])):
             words += self.board.virtio_words()
         self.cmdline = cmdline.compose(
             self.config.cmdline if linux else self.config.cmdline or "",
@@ -327,6 +327,11 @@ class Machine:
             words if linux else (),
             pci=self.board.pci is not None,
         )
+        if linux and self.board.virtio_pci and (word := cmdline.pci_is_off(self.cmdline)):
+            raise ConfigError(
+                f"with {word} on its command line, Linux finds no device of --transport pci",
+                f"leave {word} out, or use --transport mmio",
+            )
         spec = BootSpec(
             ram_size=self.config.mem,
             e820=layout.e820(self.config.mem),
@@ -360,8 +365,12 @@ class Machine:
         from .boot import initramfs  # not needed by those who bring their own
 
         wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
-        modules_dir = kernels.modules_dir_for(Path(image.path)) if wanted else None
+        modules_dir = self.config.modules_dir
+        if modules_dir is None and wanted:
+            modules_dir = kernels.modules_dir_for(Path(image.path))
         if modules_dir is None:  # a kernel without modules has its drivers built in
+            if self.board.modules:
+                _warn_of_missing_drivers(image, self.board.modules)
             wanted = list(self.config.modules)
         return initramfs.build(exec=self.config.exec, modules=wanted, modules_dir=modules_dir)
 
@@ -426,6 +435,23 @@ def _halted_for_good(thread: VcpuThread) -> bool:
         if state == MP_STATE_UNINITIALIZED:
             return True
         return state == MP_STATE_HALTED and not vcpu.regs().rflags & RFLAGS_IF
+
+
+def _warn_of_missing_drivers(image: loader.KernelImage, wanted: list[str]) -> None:
+    """Say which drivers of virtio devices the kernel does not have, where that can be told."""
+    from .boot import modules
+
+    try:
+        missing = modules.not_built_in(bytes(image.elf.data), wanted)
+    except ImageError:
+        return
+    if missing:
+        folders = kernels.modules_dirs(Path(image.path))
+        none = f"there is no {' or '.join(map(str, folders))}" if folders else "it tells no version to find modules by"
+        log.warning(
+            f"kernel {image.path} has no {', '.join(missing)} built in, and {none}; "
+            "give the folder of its modules with --modules-dir, or an --initrd that has them"
+        )
 
 
 def _check_memory(size: int) -> None:

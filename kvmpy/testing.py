@@ -208,8 +208,17 @@ class FakeBoard:
         self.messages.append(MessageRecorder())
         return self.messages[-1]
 
+    def new_loop(self, name: str) -> EventLoop:
+        return self.loop
+
     def doorbell(
-        self, address: int | None, size: int, value: int | None, ring: Callable[[], None], owner: BusDevice
+        self,
+        address: int | None,
+        size: int,
+        value: int | None,
+        ring: Callable[[], None],
+        owner: Any,
+        loop: EventLoop | None = None,
     ) -> DoorbellRecorder:
         self.doorbells.append(DoorbellRecorder(address))
         return self.doorbells[-1]

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--append", "--params", metavar="WORDS", action="append", default=[], help="words behind the command line")
     add("--boot", metavar="PROTOCOL", default="auto", help="auto, pvh, linux64, decompressor, multiboot or flat")
     add("--exec", metavar="CMD", help="shell command, or file with a script, for the built-in initramfs to run")
+    add("--modules-dir", metavar="DIR", help="the kernel's modules, for the built-in initramfs (default: beside it)")
     add("--console", metavar="KIND", default="serial", help="the kernel's console: serial (default) or virtio (hvc0)")
     add("--transport", metavar="BUS", default="mmio", help="how virtio devices are connected: mmio (default) or pci")
     add(
@@ -107,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         environment=terminal_words(),
         boot=args.boot,
         exec=command(args.exec),
+        modules_dir=args.modules_dir,
         console=args.console,
         transport=args.transport,
         devices=devices(args.disk, args.net, args.publish, args.device),

@@ -78,12 +78,21 @@ class Board(Protocol):
     def msi(self) -> Message:
         """A message-signalled interrupt, which goes where `route` says."""
 
+    def new_loop(self, name: str) -> EventLoop:
+        """An event loop with a thread of its own, which runs already: for devices that wait for the host for long."""
+
     def doorbell(
-        self, address: int | None, size: int, value: int | None, ring: Callable[[], None], owner: BusDevice
+        self,
+        address: int | None,
+        size: int,
+        value: int | None,
+        ring: Callable[[], None],
+        owner: Any,
+        loop: EventLoop | None = None,
     ) -> Doorbell:
-        """Run `ring` on the event loop, with the owner's lock held, when the guest writes `value` (None: anything) at
-        the MMIO `address` (None: nowhere yet) with `size` bytes (0: any number); the write itself may or may not be
-        seen by the device that has the address."""
+        """Run `ring` on `loop`, the board's by default, with the owner's lock, when the guest writes `value` (None:
+        anything) at the MMIO `address` (None: nowhere yet) with `size` bytes (0: any number); the write itself may or
+        may not be seen by the device that has the address."""
 
     def virtio(self, device: Any) -> None:
         """Give a VirtioDevice its transport."""

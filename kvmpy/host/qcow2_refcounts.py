@@ -80,7 +80,7 @@ class Refcounts:
         """Write what was changed."""
         self._blocks.write()
         if self._table_dirty:
-            self._file.sync()
+            self._file.flush()
             for index in sorted(self._table_dirty):
                 self._file.write(self._table_offset + 8 * index, self._table[index].to_bytes(8, "big"))
                 self._table_dirty.discard(index)
@@ -145,9 +145,9 @@ class Refcounts:
         self._blocks.write()  # the new table refers to all of them
         offset = first + blocks << self._bits
         self._file.write(offset, encode(table, QWORD))
-        self._file.sync()
+        self._file.flush()
         self._file.write(REFCOUNT_TABLE_OFFSET, REFCOUNT_TABLE.pack(offset, clusters))
-        self._file.sync()
+        self._file.flush()
         was = self._table_offset >> self._bits
         self._table, self._table_offset = table, offset
         self._table_dirty.clear()

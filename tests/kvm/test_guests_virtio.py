@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvmpy.pci.config import MEMORY_BAR_64
 from kvmpy.virtio.blk import Blk
 from kvmpy.virtio.mmio import QUEUE_NOTIFY
 from kvmpy.virtio.pci import BAR_SIZE, NOTIFY, TABLE
+from kvmpy.virtio.queue import VirtQueue
 from kvmpy.virtio.rng import Rng
 from kvmpy.virtio.spec import INTERRUPT
 from kvmpy.x86 import layout
@@ -76,6 +78,25 @@ def test_sector_of_a_disk(vm: Rig, board: MainBoard, tmp_path: Path) -> None:
 
     _, _, _, length, status, data = vm.reports
     assert (length, status, data.to_bytes(4, "little")) == (513, 0, b"boot")
+
+
+def test_disk_is_served_by_a_thread_of_its_own(vm: Rig, board: MainBoard, tmp_path: Path) -> None:
+    """One that waits for the host keeps nobody else waiting; the thread ends with the board."""
+    (tmp_path / "disk.img").write_bytes(b"boot" * 128)
+    threads: list[str] = []
+
+    class Disk(Blk):
+        def notify(self, index: int, queue: VirtQueue) -> None:
+            threads.append(threading.current_thread().name)
+            super().notify(index, queue)
+
+    Disk(path=tmp_path / "disk.img").attach(board)
+
+    vm.run("virtio")
+    board.close()
+
+    assert set(threads) == {"kvmpy-disk0"}
+    assert "kvmpy-disk0" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_kick_is_no_exit(vm: Rig, board: MainBoard) -> None:

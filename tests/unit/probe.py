@@ -28,3 +28,15 @@ class Probe(VirtioDevice):
 
     def reset(self) -> None:
         self.told.append("reset")
+
+
+class Turnstile:
+    """A lock that counts how often it is taken."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __enter__(self) -> None:
+        self.taken += 1
+
+    def __exit__(self, *error: object) -> None: ...

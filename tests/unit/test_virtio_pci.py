@@ -7,6 +7,7 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from probe import Turnstile
 
 from kvmpy.pci import msix
 from kvmpy.pci.config import COMMAND, Header
@@ -383,6 +384,18 @@ def test_status_for_those_who_poll(driver: RingDriver) -> None:
 
     assert seen == (INTERRUPT.USED_BUFFER | INTERRUPT.CONFIGURATION, 0)
     assert driver.pulses == 0
+
+
+def test_vectors_and_isr_status_do_not_wait_for_the_device(driver: RingDriver, device: Probe) -> None:
+    driver.start()
+    device.lock = turnstile = Turnstile()
+
+    driver.get("InterruptStatus", 1)
+    write(driver, pci.TABLE + msix.ENTRY.size + 12, 4, 1)
+    read(driver, pci.TABLE, 4)
+    read(driver, pci.PBA, 8)
+
+    assert turnstile.taken == 0
 
 
 def test_pending_bits_are_the_devices(driver: RingDriver) -> None:
