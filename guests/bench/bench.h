@@ -131,11 +131,11 @@ static void device_queue(u32 index, struct queue *queue)
     put(QUEUE_READY, 1);
 }
 
-/* The driver is up. Anything but the four bits of a good life ends the guest. */
+/* The driver is up; a device that needs a reset, or never came up, ends the guest. */
 static void device_end(void)
 {
     put(STATUS, 0xf);
-    if (get(STATUS) != 0xf) {
+    if ((get(STATUS) & 0xcf) != 0xf) {
         print('!');
         for (;;)
             __asm__ volatile("cli; hlt");

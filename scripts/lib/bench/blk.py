@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from . import phases
-from .contenders import MIB, Contender, Job, found
+from .contenders import MIB, Contender, Job, disk_image, found
 from .harness import Figure, Options, Run
 from .phases import Phase
 
@@ -23,19 +22,13 @@ SIZE = 256 * MIB
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    disk = folder / "disk.img"
-    with disk.open("wb") as file:  # no holes, and all of it in the page cache
-        for _ in range(16 * MIB if options.smoke else SIZE, 0, -MIB):
-            file.write(os.urandom(MIB))
-    os.sync()  # not while something is measured
-    return {c.name: partial(run, c, disk, options) for c in found(("threads", "io_uring")) if not c.lacks(DISK)}
+    job = Job(disks=(disk_image(folder, 16 * MIB if options.smoke else SIZE),))
+    monitors = found(("threads", "io_uring"))
+    return {monitor.name: partial(run, monitor, job, options) for monitor in monitors if not monitor.lacks(job)}
 
 
-DISK = Job(disks=(Path(),))
-
-
-def run(contender: Contender, disk: Path, options: Options) -> Iterator[Figure]:
-    results = phases.run(contender, "blk", Job(disks=(disk,)), list(CASES.values()), options.seconds)
+def run(contender: Contender, job: Job, options: Options) -> Iterator[Figure]:
+    results = phases.run(contender, "blk", job, list(CASES.values()), options.seconds)
     for (case, phase), done in zip(CASES.items(), results, strict=True):
         if phase.bytes < MIB:
             yield Figure(case, "IOPS", done.operations / done.seconds)

@@ -110,6 +110,16 @@ class Kvmtool(Contender):
         return bool(job.nets)
 
 
+def disk_image(folder: Path, size: int = MIB, name: str = "disk.img") -> Path:
+    """A disk without holes, whose bytes are in the page cache and on the disk of the host."""
+    path = folder / name
+    with path.open("wb") as file:
+        for _ in range(size // MIB):
+            file.write(os.urandom(MIB))
+        os.fsync(file.fileno())
+    return path
+
+
 def build() -> None:
     """What is compiled: the guests and the bare loop."""
     subprocess.run(["make", "-s", "-C", ROOT / "guests", "bench"], check=True)
