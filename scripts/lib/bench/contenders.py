@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
+BUILD = ROOT / "scripts/lib/bench/build"
 MIB = 1 << 20
+TRANSPORTS = 8  # of microvm without ACPI
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Contender:
 
     @property
     def env(self) -> dict[str, str]:
-        return os.environ | self.environment
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        return kept | self.environment  # as users have it: modules are compiled once
 
     def lacks(self, job: Job) -> bool:
         """Whether this contender has no devices of that kind."""
@@ -56,11 +59,11 @@ class Kvmpy(Contender):
     """This checkout, through its command line."""
 
     def command(self, job: Job) -> list[str]:
-        words = f"-m kvmpy boot {job.image} --boot flat --serial stdio --mem {job.mem}M --cpus {job.cpus}".split()
+        words = f"boot {job.image} --boot flat --serial stdio --mem {job.mem}M --cpus {job.cpus}".split()
         words += ["--console", "virtio"] if job.console else []
         words += [f"--disk={disk}" for disk in job.disks]
         words += [f"--net=socket={path}" for path in job.nets]
-        return [sys.executable, *words]
+        return [str(BUILD / "venv/bin/kvmpy"), *words]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class Qemu(Contender):
     aio: str = "threads"
 
     def command(self, job: Job) -> list[str]:
-        words = f"{self.binary} -accel kvm -M microvm,acpi=off,rtc=off -m {job.mem} -smp {job.cpus}".split()
+        more = job.console + len(job.disks) + len(job.nets) > TRANSPORTS
+        machine = "microvm,rtc=off," + ("acpi=on,ioapic2=on" if more else "acpi=off")
+        words = f"{self.binary} -accel kvm -M {machine} -m {job.mem} -smp {job.cpus}".split()
         words += "-nodefaults -no-user-config -display none -no-reboot -global virtio-mmio.force-legacy=false".split()
         words += f"-device isa-debug-exit,iobase={self.exit_port:#x},iosize=1 -bios {job.image}".split()
         words += "-chardev stdio,id=out,mux=on -serial chardev:out".split()
@@ -92,7 +97,7 @@ class BareLoop(Contender):
     """The least that a monitor can do (bare_loop.c): no devices."""
 
     def command(self, job: Job) -> list[str]:
-        return [str(ROOT / "scripts/lib/bench/build/bare_loop"), str(job.image)]
+        return [str(BUILD / "bare_loop"), str(job.image)]
 
     def lacks(self, job: Job) -> bool:
         return job.console or bool(job.disks or job.nets) or job.cpus > 1
@@ -121,23 +126,41 @@ def disk_image(folder: Path, size: int = MIB, name: str = "disk.img") -> Path:
 
 
 def build() -> None:
-    """What is compiled: the guests and the bare loop."""
+    """What is compiled: the guests, the bare loop, the library that notes the first KVM_RUN; and a Python for kvmpy."""
     subprocess.run(["make", "-s", "-C", ROOT / "guests", "bench"], check=True)
-    folder = ROOT / "scripts/lib/bench/build"
-    folder.mkdir(exist_ok=True)
-    source, program = folder.parent / "bare_loop.c", folder / "bare_loop"
-    fresh = folder / f"bare_loop.{os.getpid()}"
-    subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", fresh, source], check=True)
-    fresh.rename(program)
+    BUILD.mkdir(exist_ok=True)
+    make_venv()
+    for target, source, options in (
+        ("bare_loop", "bare_loop.c", []),
+        ("first_run.so", "first_run.c", ["-shared", "-fPIC"]),
+    ):
+        fresh = BUILD / f"{target}.{os.getpid()}"  # whole files appear at once
+        words = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", *options, "-o", fresh, BUILD.parent / source]
+        subprocess.run(words, check=True)
+        fresh.rename(BUILD / target)
+
+
+def make_venv() -> None:
+    """An environment that has this checkout as if it were installed: an editable one takes longer to start."""
+    venv = BUILD / "venv"
+    if not venv.exists():
+        fresh = BUILD / f"venv.{os.getpid()}"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", fresh], check=True)
+        fresh.rename(venv)
+    packages = next(venv.glob("lib/python*/site-packages"))
+    paths = [ROOT, *(path for path in sys.path if path.endswith("site-packages"))]
+    (packages / "kvmpy.pth").write_text("".join(f"{path}\n" for path in paths))
+    script = venv / "bin/kvmpy"
+    script.write_text(f"#!{venv}/bin/python\nimport sys\nfrom kvmpy.__main__ import main\nsys.exit(main())\n")
+    script.chmod(0o755)
 
 
 def found(aios: tuple[str, ...] = ()) -> Iterator[Contender]:
     """All contenders that this host has; QEMU once for each of `aios`, where the row is about disks."""
-    source = {"PYTHONPATH": str(ROOT)}
     layout = {"device": 0xD0000000, "stride": 0x1000}
     yield BareLoop("bare C loop", **layout)
-    yield Kvmpy("kvmpy", exit_port=0x502, environment=source, **layout)
-    yield Kvmpy("kvmpy pure", exit_port=0x502, environment=source | {"KVMPY_PURE": "1"}, **layout)
+    yield Kvmpy("kvmpy", exit_port=0x502, **layout)
+    yield Kvmpy("kvmpy pure", exit_port=0x502, environment={"KVMPY_PURE": "1"}, **layout)
     if binary := shutil.which("qemu-system-x86_64"):
         for aio in aios or ("threads",):
             name = f"QEMU {aio}" if aios else "QEMU"

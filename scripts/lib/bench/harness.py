@@ -86,8 +86,8 @@ class Row:
             "ratios": {},
         }
         for label, other in (("bare", BARE), ("qemu", best(by_name, QEMU, unit))):
-            if other in by_name and other != name:
-                record["ratios"][label] = ratio(values, by_name[other]) | {"to": other}
+            if other in by_name and other != name and (found := ratio(values, by_name[other])):
+                record["ratios"][label] = found | {"to": other}
         return record
 
 
