@@ -10,7 +10,7 @@ typedef uint16_t u16;
 typedef uint32_t u32;
 typedef uint64_t u64;
 
-enum { MAX_PHASES = 32, COM1 = 0x3f8 };
+enum { MAX_PHASES = 32, COM1 = 0x3f8, LINE_STATUS = COM1 + 5, CAN_SEND = 1 << 5 };
 
 struct phase {
     u32 kind, depth, bytes; /* what they mean is the guest's */
@@ -40,7 +40,21 @@ static inline u64 ticks(void)
 
 /* The serial line. */
 
-static inline void print(char c) { __asm__ volatile("outb %0, %1" ::"a"(c), "d"((u16)COM1)); }
+static inline void out(u16 port, u8 value) { __asm__ volatile("outb %0, %1" ::"a"(value), "d"(port)); }
+
+static inline u8 in(u16 port)
+{
+    u8 value;
+    __asm__ volatile("inb %1, %0" : "=a"(value) : "d"(port));
+    return value;
+}
+
+static inline void print(char c)
+{
+    while (!(in(LINE_STATUS) & CAN_SEND))
+        ;
+    out(COM1, c);
+}
 
 static void phase_begins(void)
 {
@@ -76,8 +90,11 @@ enum {
     NEXT = 1,
     WRITE = 2,
     INDIRECT = 4,
-    QUEUE = 256, /* entries */
 };
+
+#ifndef QUEUE
+#define QUEUE 256 /* entries; a power of two that no monitor finds too many */
+#endif
 
 struct descriptor {
     u64 address;
@@ -140,6 +157,13 @@ static void device_end(void)
         for (;;)
             __asm__ volatile("cli; hlt");
     }
+}
+
+/* Which entry of the ring is which descriptor: the same ones, for ever. */
+static inline void ring_is(struct queue *queue)
+{
+    for (u32 i = 0; i < QUEUE; i++)
+        queue->avail.ring[i] = i;
 }
 
 /* Publish the next `count` entries, whatever their descriptors say, and wait until all are used. */

@@ -34,10 +34,8 @@ static void prepare(const struct phase *phase)
                                           NEXT | (type == IN ? WRITE : 0), 2};
         r->table[2] = (struct descriptor){(u64)&r->status, 1, WRITE, 0};
     }
-    for (u32 i = 0; i < QUEUE; i++) {
+    for (u32 i = 0; i < QUEUE; i++)
         queue.desc[i] = (struct descriptor){(u64)requests[i % REQUESTS].table, 48, INDIRECT, 0};
-        queue.avail.ring[i] = i;
-    }
 }
 
 static u32 run(u32 depth, u64 length)
@@ -55,6 +53,7 @@ void main(void)
 {
     device_begin(FLUSH_BIT | INDIRECT_DESC | EVENT_IDX);
     device_queue(0, &queue);
+    ring_is(&queue);
     device_end();
     for (u32 i = 0; i < parameters.phases; i++) {
         const struct phase *phase = &parameters.phase[i];

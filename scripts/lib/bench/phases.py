@@ -132,13 +132,13 @@ def _listen(process: subprocess.Popen[bytes], count: int) -> list[Measured]:
     borders: list[tuple[Border, Border, int]] = []
     begin: Border | None = None
     for line in process.stdout:
-        border = watch.border()
-        watch.find_vcpus()
         if line.startswith(b"B"):
-            begin = border
+            begin = watch.border()
+            watch.find_vcpus()
         elif line.startswith(b"E") and begin is not None:
-            borders.append((begin, border, int(line[1:], 16)))
+            borders.append((begin, watch.border(), int(line[1:], 16)))
+            watch.find_vcpus()
             begin = None
         if len(borders) == count:
             break
-    return [watch.between(*border) for border in borders]
+    return [watch.between(*border) for border in borders]  # when all vCPUs are known

@@ -22,6 +22,7 @@ TARGETS = [
     Target("exits", "port read, line status|port write, POST code", "us", "kvmpy", "bare", "<=", 1.05),
     Target("exits", "port .*, scratch|MMIO .*", "us", "kvmpy", "bare", "<=", 1.30),
     Target("exits", "port .*, scratch|MMIO .*", "us", "kvmpy", "qemu", "<=", 1.10),
+    Target("console", "UART", "KB/s", "kvmpy", "qemu", ">=", 1.0),
     Target("blk", "4K .* depth (32|128)", "IOPS", "kvmpy", "qemu", ">=", 1.2),
     Target("blk", "4K .* depth (32|128)", "IOPS", "kvmpy pure", "", ">=", 25_000),
     Target("blk", "4K .* depth 1", "us latency", "kvmpy", "qemu", "<=", 1.2),
