@@ -116,7 +116,7 @@ struct queue {
         struct {
             u32 id, length;
         } ring[QUEUE];
-        u16 avail_event;
+        volatile u16 avail_event;
     } used __attribute__((aligned(4)));
 } __attribute__((aligned(4096)));
 

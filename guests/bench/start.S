@@ -149,12 +149,13 @@ interrupt:
         pop     %rax
         iretq
 
-# void wait_interrupt(volatile u16 *index, u16 until): until *index is that; the interrupt comes in HLT.
+# void wait_interrupt(volatile u16 *index, u16 until): until *index has reached that; the interrupt comes in HLT.
         .globl  wait_interrupt
 wait_interrupt:
         cli
-        cmp     %si, (%rdi)
-        je      1f
+        mov     (%rdi), %ax
+        sub     %si, %ax
+        jns     1f
         sti
         hlt
         jmp     wait_interrupt

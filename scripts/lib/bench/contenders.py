@@ -25,7 +25,8 @@ class Job:
     cpus: int = 1
     console: bool = False  # a virtio console, whose output comes on standard output like the serial port's
     disks: tuple[Path, ...] = ()
-    nets: tuple[Path, ...] = ()  # UNIX sockets on which the harness listens: frames behind their length
+    nets: tuple[Path, ...] = ()  # UNIX sockets on which somebody listens: frames behind their length
+    taps: tuple[str, ...] = ()  # interfaces
 
     def with_image(self, image: Path) -> Job:
         return replace(self, image=image)
@@ -63,6 +64,7 @@ class Kvmpy(Contender):
         words += ["--console", "virtio"] if job.console else []
         words += [f"--disk={disk}" for disk in job.disks]
         words += [f"--net=socket={path}" for path in job.nets]
+        words += [f"--net=tap={name}" for name in job.taps]
         return [str(BUILD / "venv/bin/kvmpy"), *words]
 
 
@@ -87,6 +89,9 @@ class Qemu(Contender):
         for number, path in enumerate(job.nets):
             words += ["-netdev", f"stream,id=n{number},addr.type=unix,addr.path={path}"]
             devices.append([f"virtio-net-device,netdev=n{number}"])
+        for number, name in enumerate(job.taps):
+            words += ["-netdev", f"tap,id=t{number},ifname={name},script=no,downscript=no"]
+            devices.append([f"virtio-net-device,netdev=t{number}"])
         for number, (first, *others) in enumerate(devices):
             words += ["-device", f"{first},bus=virtio-mmio-bus.{number}"]
             words += [word for other in others for word in ("-device", other)]
@@ -100,7 +105,7 @@ class BareLoop(Contender):
         return [str(BUILD / "bare_loop"), str(job.image)]
 
     def lacks(self, job: Job) -> bool:
-        return job.console or bool(job.disks or job.nets) or job.cpus > 1
+        return job.console or bool(job.disks or job.nets or job.taps) or job.cpus > 1
 
 
 class Kvmtool(Contender):
@@ -112,7 +117,7 @@ class Kvmtool(Contender):
         return words + [word for disk in job.disks for word in ("--disk", str(disk))]
 
     def lacks(self, job: Job) -> bool:
-        return bool(job.nets)
+        return bool(job.nets or job.taps)
 
 
 def disk_image(folder: Path, size: int = MIB, name: str = "disk.img") -> Path:
@@ -132,6 +137,7 @@ def build() -> None:
     make_venv()
     for target, source, options in (
         ("bare_loop", "bare_loop.c", []),
+        ("net_peer", "net_peer.c", []),
         ("first_run.so", "first_run.c", ["-shared", "-fPIC"]),
     ):
         fresh = BUILD / f"{target}.{os.getpid()}"  # whole files appear at once

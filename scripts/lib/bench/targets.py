@@ -27,6 +27,7 @@ TARGETS = [
     Target("blk", "4K .* depth (32|128)", "IOPS", "kvmpy pure", "", ">=", 25_000),
     Target("blk", "4K .* depth 1", "us latency", "kvmpy", "qemu", "<=", 1.2),
     Target("blk", "1M .*", "MB/s", "kvmpy", "qemu", ">=", 1.0),
+    Target("net", ".*1500 B.*|.*64 KiB.*", "packets/s", "kvmpy", "qemu", ">=", 1.0),
     Target("start", ".*first KVM_RUN", "ms", "kvmpy", "qemu", "<=", 1.0),
     Target("memory", "1 vCPU.*", "MiB PSS", "kvmpy", "", "<=", 32),
 ]
