@@ -56,18 +56,44 @@ static inline void print(char c)
     out(COM1, c);
 }
 
-static void phase_begins(void)
+static inline void phase_begins(void)
 {
     print('B');
     print('\n');
 }
 
-static void phase_ends(u32 operations)
+static inline void phase_ends(u32 operations)
 {
     print('E');
     for (int shift = 28; shift >= 0; shift -= 4)
         print("0123456789abcdef"[operations >> shift & 15]);
     print('\n');
+}
+
+/* The other CPUs (start.S, ap_start): each reads a port for ever, and counts. */
+
+enum { AP_PAGE = 0x8000, AP_PORT = AP_PAGE + 0x804, AP_COUNTS = AP_PAGE + 0x808, MAX_CPUS = 64 };
+enum { LAPIC_ICR = 0xfee00300, OTHERS_INIT = 0xc4500, OTHERS_STARTUP = 0xc4600 };
+
+extern const u8 ap_start[], ap_end[];
+
+static inline void start_others(u16 port)
+{
+    for (u32 i = 0; i < (u32)(ap_end - ap_start); i++)
+        ((volatile u8 *)AP_PAGE)[i] = ap_start[i];
+    for (u32 i = 0; i < MAX_CPUS + 2; i++)
+        ((volatile u32 *)(AP_PAGE + 0x800))[i] = 0;
+    *(volatile u16 *)AP_PORT = port;
+    *(volatile u32 *)LAPIC_ICR = OTHERS_INIT;
+    *(volatile u32 *)LAPIC_ICR = OTHERS_STARTUP | AP_PAGE >> 12;
+}
+
+static inline u32 others_count(void)
+{
+    u32 sum = 0;
+    for (u32 i = 0; i < MAX_CPUS; i++)
+        sum += ((volatile u32 *)AP_COUNTS)[i];
+    return sum;
 }
 
 /* Virtio over MMIO (VIRTIO 1.2, 4.2). */
@@ -123,7 +149,7 @@ struct queue {
 static inline void put(u32 offset, u32 value) { *(volatile u32 *)(u64)(parameters.device + offset) = value; }
 static inline u32 get(u32 offset) { return *(volatile u32 *)(u64)(parameters.device + offset); }
 
-static void device_begin(u32 features)
+static inline void device_begin(u32 features)
 {
     put(STATUS, 0);
     put(STATUS, 1);
@@ -135,7 +161,7 @@ static void device_begin(u32 features)
     put(STATUS, 0xb);
 }
 
-static void device_queue(u32 index, struct queue *queue)
+static inline void device_queue(u32 index, struct queue *queue)
 {
     put(QUEUE_SEL, index);
     put(QUEUE_NUM, QUEUE);
@@ -149,7 +175,7 @@ static void device_queue(u32 index, struct queue *queue)
 }
 
 /* The driver is up; a device that needs a reset, or never came up, ends the guest. */
-static void device_end(void)
+static inline void device_end(void)
 {
     put(STATUS, 0xf);
     if ((get(STATUS) & 0xcf) != 0xf) {

@@ -17,6 +17,12 @@
         .equ    LARGE_PAGE, 0x83
         .equ    VECTOR, 0x35
         .equ    IDT, 0x34000
+        .equ    AP_PAGE, 0x8000                 # bench.h has these, too
+        .equ    AP_NEXT, AP_PAGE + 0x800
+        .equ    AP_PORT, AP_PAGE + 0x804
+        .equ    AP_COUNTS, AP_PAGE + 0x808
+        .equ    COM1, 0x3f8
+        .equ    LINE_STATUS, COM1 + 5
         .equ    INTERRUPT_STATUS, 0x60          # VIRTIO 1.2, 4.2.2
         .equ    INTERRUPT_ACK, 0x64
 
@@ -160,6 +166,32 @@ wait_interrupt:
         hlt
         jmp     wait_interrupt
 1:      ret
+
+# Where the other CPUs start, copied to AP_PAGE: each reads a port for ever and counts that. If it is COM1's line
+# status, one of them looks whether there is input, and echoes it.
+        .code16
+        .globl  ap_start, ap_end
+ap_start:
+        cli
+        xor     %ax, %ax
+        mov     %ax, %ds
+        mov     $4, %ax
+        lock xadd %ax, AP_NEXT                  # the place of its counter
+        mov     %ax, %si
+1:      mov     AP_PORT, %dx
+        in      %dx, %al
+        incl    AP_COUNTS(%si)
+        cmp     $LINE_STATUS, %dx
+        jne     1b
+        test    %si, %si
+        jnz     1b
+        test    $1, %al                         # DR
+        jz      1b
+        mov     $COM1, %dx
+        in      %dx, %al
+        out     %al, %dx
+        jmp     1b
+ap_end:
 
         .balign 8
 gdt:    .quad   0

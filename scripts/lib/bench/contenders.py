@@ -27,6 +27,7 @@ class Job:
     disks: tuple[Path, ...] = ()
     nets: tuple[Path, ...] = ()  # UNIX sockets on which somebody listens: frames behind their length
     taps: tuple[str, ...] = ()  # interfaces
+    qmp: Path | None = None  # where QEMU is to listen for commands
 
     def with_image(self, image: Path) -> Job:
         return replace(self, image=image)
@@ -82,6 +83,7 @@ class Qemu(Contender):
         words += "-nodefaults -no-user-config -display none -no-reboot -global virtio-mmio.force-legacy=false".split()
         words += f"-device isa-debug-exit,iobase={self.exit_port:#x},iosize=1 -bios {job.image}".split()
         words += "-chardev stdio,id=out,mux=on -serial chardev:out".split()
+        words += ["-qmp", f"unix:{job.qmp},server=on,wait=off"] if job.qmp else []
         devices = [["virtio-serial-device", "virtconsole,chardev=out"]] if job.console else []
         for number, disk in enumerate(job.disks):
             words += ["-drive", f"if=none,id=d{number},format=raw,aio={self.aio},file={disk}"]

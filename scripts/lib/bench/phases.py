@@ -19,6 +19,7 @@ from .contenders import ROOT, Contender, Job
 PARAMETERS = struct.Struct("<IIIIQQ")  # behind the first four bytes of the image
 PHASE = struct.Struct("<III")
 MAX_PHASES = 32
+WARMUP = 0.2  # seconds at most
 RUN_LIMIT = 300.0  # seconds for one run of one contender
 TICK = os.sysconf("SC_CLK_TCK")
 KVM_RUN = "16", "0xae80"  # the number of ioctl, the request
@@ -81,10 +82,10 @@ class Watch:
 
 
 def image(guest: str, contender: Contender, phases: Sequence[Phase], seconds: float) -> bytes:
-    """The guest with its parameters; it warms up each phase for a fifth of `seconds`."""
+    """The guest with its parameters; it warms up for a fifth of each phase, but not for long."""
     data = bytearray((ROOT / f"guests/build/bench_{guest}.bin").read_bytes())
-    ticks = int(seconds * tsc_hz())
-    head = (contender.device, contender.pin, contender.exit_port, len(phases), ticks, ticks // 5)
+    ticks, warmup = int(seconds * tsc_hz()), int(min(seconds / 5, WARMUP) * tsc_hz())
+    head = (contender.device, contender.pin, contender.exit_port, len(phases), ticks, warmup)
     PARAMETERS.pack_into(data, 4, *head)
     for number, phase in enumerate(phases):
         PHASE.pack_into(data, 4 + PARAMETERS.size + PHASE.size * number, *phase)
