@@ -1,0 +1,119 @@
+"""How long one waits for a machine whose disk is busy and whose other vCPUs exit at full speed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import select
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from . import phases
+from .contenders import BUILD, MIB, Contender, Job, Kvmpy, Qemu, disk_image, found
+from .harness import Figure, Options, Run
+from .phases import Phase
+
+READ, DEPTH, SIZE = 0, 32, 4096  # guests/bench/blk.c
+CPUS = max(2, os.cpu_count() or 1)
+LOAD_SECONDS = 60.0  # the guest goes on for so long if nobody ends it
+SAMPLES = 300
+GAP = 0.005  # seconds between two samples, on average
+PATIENCE = 5.0  # seconds for one sample
+
+
+def runs(options: Options, folder: Path) -> dict[str, Run]:
+    job = Job(cpus=CPUS, disks=(disk_image(folder, 16 * MIB),), qmp=folder / "qmp.sock")
+    return {monitor.name: partial(run, monitor, job, folder, options) for monitor in found() if not monitor.lacks(job)}
+
+
+def run(contender: Contender, job: Job, folder: Path, options: Options) -> Iterator[Figure]:
+    path = folder / f"{contender.name}.bin".replace(" ", "-")
+    path.write_bytes(phases.image("blk", contender, [Phase(READ, DEPTH, SIZE)], LOAD_SECONDS))
+    job, count = job.with_image(path), 5 if options.smoke else SAMPLES
+    with running(contender, job) as process:
+        yield from figures("key to echo", keys(process, count))
+        if isinstance(contender, Qemu) and job.qmp:
+            yield from figures("pause", stops(job.qmp, count))
+    if isinstance(contender, Kvmpy):
+        words = [BUILD / "venv/bin/python", Path(__file__).parent / "pauses.py", path, *job.disks, CPUS, count, GAP]
+        done = subprocess.run([str(word) for word in words], env=contender.env, stdout=subprocess.PIPE, check=True)
+        yield from figures("pause", json.loads(done.stdout))
+
+
+def figures(case: str, seconds: list[float]) -> Iterator[Figure]:
+    ordered = sorted(seconds)
+    for name, part in (("p50", 0.50), ("p99", 0.99), ("max", 1.0)):
+        yield Figure(f"{case} {name}", "ms", ordered[math.ceil(part * len(ordered)) - 1] * 1e3)
+
+
+@contextmanager
+def running(contender: Contender, job: Job) -> Iterator[subprocess.Popen[bytes]]:
+    """The contender, its guest having begun with the load."""
+    process = subprocess.Popen(
+        contender.command(job),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=contender.env,
+        bufsize=0,
+    )
+    try:
+        assert process.stdout is not None
+        if process.stdout.read(1) != b"B":
+            raise SystemExit(f"bench: {contender.name} does not start: {contender.command(job)}")
+        wait()
+        process.stdout.read(1)  # the end of that line
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait() -> None:
+    time.sleep(random.uniform(0, 2 * GAP))
+
+
+def keys(process: subprocess.Popen[bytes], count: int) -> list[float]:
+    """Seconds from a key on the console's input to its echo, which the guest makes by polling the UART."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    results = []
+    for _ in range(count):
+        wait()
+        begin = time.perf_counter()
+        process.stdin.write(b"k")
+        if not select.select([process.stdout], [], [], PATIENCE)[0] or process.stdout.read(1) != b"k":
+            raise SystemExit("bench: a key got no echo")
+        results.append(time.perf_counter() - begin)
+    return results
+
+
+def stops(path: Path, count: int) -> list[float]:
+    """Seconds that QEMU takes for `stop`; that also waits for the disk's requests."""
+    results = []
+    with socket.socket(socket.AF_UNIX) as link:
+        link.connect(str(path))
+        lines = link.makefile("rb")
+        lines.readline()  # the greeting
+
+        def command(name: str) -> None:
+            link.sendall(json.dumps({"execute": name}).encode() + b"\n")
+            while "return" not in (answer := json.loads(lines.readline())):  # events come in between
+                if "error" in answer:
+                    raise SystemExit(f"bench: QEMU answers {answer}")
+
+        command("qmp_capabilities")
+        for _ in range(count):
+            wait()
+            begin = time.perf_counter()
+            command("stop")
+            results.append(time.perf_counter() - begin)
+            command("cont")
+    return results
