@@ -902,8 +902,9 @@ static long mount_root(unsigned long flags)
 	return error;
 }
 
-/* Go on from the disk of root=, if there is one; returns when that cannot be done, having said why. */
-static void boot_disk(void)
+/* Go on from the disk of root=, if there is one; returns when that cannot be done, having said why.
+   The arguments in `argv`, which the kernel has from its command line, are for the disk's init. */
+static void boot_disk(char **argv)
 {
 	static const char *const inits[] = {"/sbin/init", "/etc/init", "/bin/init", "/bin/sh"};
 	static const char *const moved[] = {"/dev", "/proc", "/sys"};
@@ -948,7 +949,8 @@ static void boot_disk(void)
 	SYS(chroot, ".");
 	SYS(chdir, "/");
 	set_signals(SIG_DFL);
-	SYS(exit_group, run((char *[]){(char *)init, 0}));
+	argv[0] = (char *)init;
+	SYS(exit_group, run(argv));
 }
 
 static void read_environment(char **envp)
@@ -1001,7 +1003,7 @@ __attribute__((used, noreturn)) static void start(unsigned long *stack)
 	if (command)
 		run_command(command, size);
 	peek("/proc/cmdline", cmdline, sizeof cmdline);
-	boot_disk();
+	boot_disk((char **)stack + 1);
 	run_shell();
 	__builtin_unreachable();
 }

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -116,8 +117,12 @@ def run(args: argparse.Namespace) -> int:
     kind, path = endpoint.parse(args.serial or ("null" if args.json else "stdio"))
     machine = Machine(config, endpoint=lambda loop, console: open_endpoint(kind, path, loop, console, machine))
     previous = {number: signal.signal(number, _stopper(machine)) for number in SIGNALS}
+    if kind == "stdio":
+        previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: tell_size(machine))
     try:
         machine.start()
+        if kind == "stdio":
+            tell_size(machine)
         stop = machine.wait(timeout)
         report, facts = "", None
         if stop.reason in REPORTED:
@@ -193,6 +198,13 @@ def terminal_words() -> list[str]:
         return []
     size = os.get_terminal_size(1)
     return [f"TERM={os.environ.get('TERM', 'linux')}", f"LINES={size.lines}", f"COLUMNS={size.columns}"]
+
+
+def tell_size(machine: Machine) -> None:
+    """How large the user's terminal is now, for a console that has a size."""
+    with suppress(OSError):  # no terminal
+        size = os.get_terminal_size(1)
+        machine.resize_console(size.columns, size.lines)
 
 
 def parse_seconds(text: str | None) -> float | None:
