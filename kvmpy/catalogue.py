@@ -22,6 +22,7 @@ from .core.errors import ConfigError, NotFoundError
 CATALOGUE = {
     "virtio-balloon": "virtio.balloon:Balloon",
     "virtio-blk": "virtio.blk:Blk",
+    "virtio-console": "virtio.port:PortSocket",
     "virtio-net": "virtio.net:Net",
     "virtio-rng": "virtio.rng:Rng",
 }
