@@ -886,6 +886,8 @@ static long mount_root(unsigned long flags)
 	SYS(mkdir, "/.root", 0755);
 	if (type)
 		return SYS(mount, root, "/.root", type, flags, 0);
+	if (SYS(mount, root, "/.root", "ext4", flags, 0) == 0) /* Linux tries ext3 first, and complains */
+		return 0;
 	for (char *at = peek("/proc/filesystems", types, sizeof types); *at;) {
 		char *name = at;
 

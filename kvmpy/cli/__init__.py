@@ -24,6 +24,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
+from ..core import progress
 from ..core.errors import ConfigError, HostError, KvmpyError
 from ..core.text import escaped
 
@@ -89,6 +90,7 @@ def _dispatch(argv: list[str]) -> int:
         allow_abbrev=False,  # or a script that abbreviates breaks when an option is added
     )
     module.add_arguments(parser)
+    progress.show()
     status: int = module.run(parser.parse_args(argv[1:]))
     return status
 

@@ -23,6 +23,7 @@ MIB = 1 << 20
 PROBE = """#!/bin/sh
 mountpoint -q /proc || mount -t proc proc /proc
 mountpoint -q /sys || mount -t sysfs sys /sys
+mount -t tmpfs tmpfs /run
 echo "root $(findmnt -no SOURCE,FSTYPE,OPTIONS / | cut -d, -f1)"
 echo "$1" >>/root/kept
 "$1"
@@ -185,6 +186,7 @@ def test_everything_together(
 
     assert done.status == 0, done
     assert "root /dev/vda ext4   rw" in text
+    assert "EXT4-fs (vda): couldn't mount" not in text
     assert sorted(re.findall(r"^bound (\w+) 0x0000000f", text, re.MULTILINE)) == [
         "virtio_balloon", "virtio_blk", "virtio_blk", "virtio_console", "virtio_net", "virtio_net", "virtio_rng",
     ]  # fmt: skip
