@@ -30,6 +30,7 @@ from ..core.text import escaped
 
 VERBS = {
     "boot": "boot a kernel and connect to its console",
+    "config": "print the machine that options describe, as YAML",
     "doctor": "tell what this host can do, and the remedy for what it cannot",
     "inspect": "tell how a kernel image can be booted",
     "initrd": "make an initramfs",
