@@ -218,6 +218,12 @@ class Machine:
         """Press it; a guest with ACPI shuts itself down."""
         self.loop.call_soon(self.acpi_ged.press_power_button, owner=self.acpi_ged)
 
+    def resize_console(self, cols: int, rows: int) -> None:
+        """Tell the guest how large the terminal behind its virtio console is; any thread and any signal handler may."""
+        hvc = self.hvc
+        if hvc is not None:
+            self.loop.call_soon(lambda: hvc.resize(cols, rows), owner=hvc)
+
     def wait_for_console(self, pattern: str, timeout: float = 60.0) -> str:
         """Wait for output that matches a regular expression; raises ConsoleTimeout."""
         return self.console.wait_for(pattern, timeout)
