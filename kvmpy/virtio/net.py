@@ -20,6 +20,7 @@ from ..core.board import Board
 from ..core.buffers import pieces
 from ..core.errors import ConfigError, HostError
 from ..core.events import READ, WRITE
+from ..core.ratelimit import BURST, RateLimit, parse_bandwidth
 from ..core.regs import Bits, bit
 from ..core.wire import Wire, b6, u8, u16
 from ..host import netsocket, tap
@@ -34,6 +35,7 @@ RX, TX = 0, 1  # queues (5.1.2)
 WAKES = {RX: READ, TX: WRITE}  # what of the host a queue waits for
 BATCH = 64  # frames of a queue in one turn of the event loop: a flood must leave time for others
 MTU_MIN, MTU_MAX = 68, 0xFFFF  # 5.1.4.1
+BURST_MIN, BURST_MAX = 0.01, 3600.0  # seconds, for the limits
 LOCAL, MULTICAST = 0x02, 0x01  # bits of the first byte of a MAC address (IEEE 802)
 MAC = re.compile("[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 
@@ -106,13 +108,18 @@ class Header(Wire):
 class Net(VirtioDevice):
     """A network interface of the guest.
 
-    backend    what it is plugged into: `user` (passt: no privileges), `tap`, `socket` (a stream), `none`
-    name       of the tap interface; a new one by default
-    path       of the UNIX socket to connect to
-    mac        by default a locally administered one, the same in each run
-    mtu        that the guest should use, 68 to 65535 bytes
-    publish    ports of the host that lead into the guest, for `user`: [ip:]host:guest[/udp], several joined by +
-    pcap       file for a capture of all frames
+    backend       what it is plugged into: `user` (passt: no privileges), `tap`, `socket` (a stream), `none`
+    name          of the tap interface; a new one by default
+    path          of the UNIX socket to connect to
+    mac           by default a locally administered one, the same in each run
+    mtu           that the guest should use, 68 to 65535 bytes
+    publish       ports of the host that lead into the guest, for `user`: [ip:]host:guest[/udp], several joined by +
+    pcap          file for a capture of all frames
+    rx_bandwidth  bytes per second to the guest, such as 10M; those of Ethernet frames
+    rx_ops        frames per second to the guest, as they come from the host: many segments may be one
+    tx_bandwidth  as rx_bandwidth, from the guest
+    tx_ops        as rx_ops, from the guest
+    burst         how much of these limits is saved up while nothing happens, in seconds
 
     Raises ConfigError for what cannot be; `attach` raises HostError for what the host does not give.
     """
@@ -130,9 +137,21 @@ class Net(VirtioDevice):
         mtu: int | None = None,
         publish: str | None = None,
         pcap: Path | None = None,
+        rx_bandwidth: str | None = None,
+        rx_ops: int | None = None,
+        tx_bandwidth: str | None = None,
+        tx_ops: int | None = None,
+        burst: float = BURST,
     ) -> None:
         if mtu is not None and not MTU_MIN <= mtu <= MTU_MAX:
             raise ConfigError(f"a network device cannot have mtu={mtu}", f"use {MTU_MIN} to {MTU_MAX}")
+        if not BURST_MIN <= burst <= BURST_MAX:
+            raise ConfigError(f"invalid burst {burst:g}", f"give seconds, {BURST_MIN:g} to {BURST_MAX:g}")
+        self._limit_options = {
+            RX: _limit_options("rx", rx_bandwidth, rx_ops, burst),
+            TX: _limit_options("tx", tx_bandwidth, tx_ops, burst),
+        }
+        self._limits: dict[int, RateLimit] = {}  # by queue
         self.mac = parse_mac(mac) if mac is not None else bytes(6)
         self._plug = _opener(backend, name, path, publish, mtu)
         self._place = f"{backend} {name or path or ''}"
@@ -150,6 +169,8 @@ class Net(VirtioDevice):
 
     def attach(self, board: Board) -> None:
         super().attach(board)
+        for index, options in self._limit_options.items():
+            self._limits[index] = RateLimit(board.loop, self, partial(self.serve, index), **options)
         if self._pcap_path is not None:
             self._pcap = Pcap(self._pcap_path)
         self.backend = backend = self.open()
@@ -215,21 +236,24 @@ class Net(VirtioDevice):
     # From the guest.
 
     def _transmit(self, queue: VirtQueue) -> None:
+        limit = self._limits[TX]
         for _ in range(BATCH):
             if not self._host(lambda backend: backend.flush(), True):
                 self._waiting |= WRITE
                 return
-            chain = queue.pop()
+            chain = None if limit.waiting else queue.pop()
             if chain is None:
-                return
-            frame = self._outgoing(chain)
+                return  # until the driver kicks, or the limit's timer
+            frame, cost = self._outgoing(chain), chain.size - VNET_HEADER
             if frame is None:
                 self.tx_dropped += 1
+                cost = 0  # a host that did look at it, but took no bytes
             elif not self._send(frame):
                 queue.undo_pop()
                 self._waiting |= WRITE
                 return
             queue.push(chain)
+            limit.spend(cost)
         queue.more = True
 
     def _outgoing(self, chain: Chain) -> list[Frame] | None:
@@ -260,10 +284,11 @@ class Net(VirtioDevice):
     # To the guest.
 
     def _receive(self, queue: VirtQueue) -> None:
+        limit = self._limits[RX]
         for _ in range(BATCH):
-            chain = queue.pop()
+            chain = None if limit.waiting else queue.pop()
             if chain is None:
-                return  # until the driver kicks
+                return  # until the driver kicks, or the limit's timer
             if chain.capacity < VNET_HEADER:
                 queue.push(chain)  # of no use to any frame
                 continue
@@ -284,6 +309,7 @@ class Net(VirtioDevice):
                 _fill(chains, header, frame)
                 queue.push(*chains)
                 self._record([frame])
+                limit.spend(len(frame))
             elif self._lacking:
                 self._kept = memoryview(bytes(raw))
                 return  # until the driver kicks
@@ -393,6 +419,13 @@ def parse_mac(text: str) -> bytes:
     if not any(mac):
         raise ConfigError(f"{text} is no address of an interface", "use one such as 02:00:00:00:00:01")
     return mac
+
+
+def _limit_options(way: str, bandwidth: str | None, ops: int | None, burst: float) -> dict[str, Any]:
+    """The options of a RateLimit in one direction; raises ConfigError."""
+    if ops is not None and ops < 1:
+        raise ConfigError(f"invalid {way}_ops {ops}", "give frames per second, 1 or more")
+    return {"bandwidth": None if bandwidth is None else parse_bandwidth(bandwidth), "iops": ops, "burst": burst}
 
 
 def default_mac(board: Board, place: str) -> bytes:
