@@ -113,6 +113,7 @@ class Net(VirtioDevice):
     path          of the UNIX socket to connect to
     mac           by default a locally administered one, the same in each run
     mtu           that the guest should use, 68 to 65535 bytes
+    link          off: the cable is pulled out, until `set_link`
     publish       ports of the host that lead into the guest, for `user`: [ip:]host:guest[/udp], several joined by +
     pcap          file for a capture of all frames
     rx_bandwidth  bytes per second to the guest, such as 10M; those of Ethernet frames
@@ -135,6 +136,7 @@ class Net(VirtioDevice):
         path: Path | None = None,
         mac: str | None = None,
         mtu: int | None = None,
+        link: bool = True,
         publish: str | None = None,
         pcap: Path | None = None,
         rx_bandwidth: str | None = None,
@@ -159,6 +161,7 @@ class Net(VirtioDevice):
         self._pcap_path = pcap
         self._pcap: Pcap | None = None
         self.backend: NetBackend | None = None
+        self._cable = link
         self._vnet = False  # the backend's frames have a header
         self._events = -1  # what the loop watches the backend for; -1: nothing, not even its end
         self.features = NET_F.MAC | NET_F.STATUS | NET_F.MRG_RXBUF
@@ -230,8 +233,17 @@ class Net(VirtioDevice):
 
     @property
     def link(self) -> bool:
-        """Whether there is somebody at the other end."""
-        return self.backend is not None
+        """Whether the cable is in, and there is somebody at the other end."""
+        return self._cable and self.backend is not None
+
+    def set_link(self, up: bool) -> None:
+        """Put the cable in or pull it out (with `lock` held). Without it what the guest sends is lost; what the host
+        sends waits, as far as the host keeps it."""
+        if up != self._cable:
+            self._cable = up
+            self._write_config()
+            self.config_changed()
+            self._watch()
 
     # From the guest.
 
@@ -356,8 +368,8 @@ class Net(VirtioDevice):
     # The host.
 
     def _host(self, ask: Callable[[NetBackend], T], gone: T) -> T:
-        """What the backend answers; `gone` when there is none, or none any more."""
-        if self.backend is None:
+        """What the backend answers; `gone` when there is none, or none any more, or no cable to it."""
+        if self.backend is None or not self._cable:
             return gone
         try:
             return ask(self.backend)
@@ -379,14 +391,16 @@ class Net(VirtioDevice):
         self._watch()
 
     def _watch(self) -> None:
-        """Watch the backend for what is waited for, and always for its end."""
-        if self.backend is None or self._events == self._waiting:
+        """Watch the backend for what is waited for, and always for its end; not at all without a cable to it."""
+        events = self._waiting if self._cable else -1
+        if self.backend is None or self._events == events:
             return
         descriptor = self.backend.fileno()
         if self._events >= 0:
             self.board.loop.remove(descriptor)
-        self._events = self._waiting
-        self.board.loop.add(descriptor, self._ready, events=self._events, owner=self)
+        self._events = events
+        if events >= 0:
+            self.board.loop.add(descriptor, self._ready, events=events, owner=self)
 
     def _unplug(self) -> None:
         if self.backend is not None:

@@ -823,6 +823,58 @@ def test_plugged_into_nothing(tmp_path: Path) -> None:
     rig.net.close()
 
 
+def test_cable_is_pulled_out_and_put_in_again(rig: Rig) -> None:
+    """What the guest sends meanwhile is lost, what the host sends waits, and nothing is watched."""
+    rig.offer(100, 100)
+    with rig.net.lock:
+        rig.net.set_link(False)
+    out = (rig.driver.config(6, 2), rig.driver.interrupts() & INTERRUPT.CONFIGURATION, dict(rig.steps.watched))
+    head = rig.send(PLAIN + b"lost" * 15)
+    rig.wire.send(FRAME)
+    rig.turn()
+    meanwhile = (rig.driver.used(TX), rig.received(), rig.wire.frames())
+
+    with rig.net.lock:
+        rig.net.set_link(True)
+    rig.turn()
+    rig.send(PLAIN + FRAME)
+
+    assert out == (0, INTERRUPT.CONFIGURATION, {})
+    assert meanwhile == ([(head, 0)], [], [])
+    assert (rig.driver.config(6, 2), rig.driver.interrupts() & INTERRUPT.CONFIGURATION) == (1, INTERRUPT.CONFIGURATION)
+    assert (rig.received(), rig.wire.frames()) == ([header() + FRAME], [FRAME])
+
+
+def test_cable_is_pulled_out_before_a_reset(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(link=False)
+    rig.start()
+    without = rig.driver.config(6, 2)
+    rig.wire.send(FRAME)
+    rig.start()
+    rig.offer(100)
+
+    with rig.net.lock:
+        rig.net.set_link(True)
+    rig.turn()
+
+    assert (without, rig.driver.config(6, 2)) == (0, 1)
+    assert rig.received() == [header() + FRAME]
+
+
+def test_other_end_goes_while_there_is_no_cable(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(link=False)
+    rig.start()
+    rig.wire.peer.close()
+    rig.turn()
+
+    with rig.net.lock:
+        rig.net.set_link(True)
+    rig.turn()
+
+    assert rig.driver.config(6, 2) == 0
+    assert [event for event, _ in rig.board.logs] == ["a network link is down"]
+
+
 def test_reset_and_again(rig: Rig) -> None:
     for _ in range(100):
         rig.offer(100)
