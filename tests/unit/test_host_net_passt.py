@@ -126,6 +126,15 @@ def test_answers_arp(passt: Passt) -> None:
 
 
 @needs_passt
+def test_temporary_folder_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As libpam-tmpdir makes them: what is nobody, as passt is where root starts it, cannot enter."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    Passt().close()
+
+
+@needs_passt
 def test_published_port_is_open() -> None:
     port = free_port()
     passt = Passt(parse_forwards(f"127.0.0.1:{port}:80"))
