@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
@@ -25,6 +26,7 @@ NOISE = re.compile(r"Failed to send \d+ bytes to syslog|Don't run as root.*|No e
 FORWARD = re.compile(
     r"(?:(?P<ip>\[[0-9A-Fa-f:.]+\]|[0-9.]+):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<kind>tcp|udp))?", re.ASCII
 )
+PRIVILEGED = "publish one from 1024 on, or lower the limit: sudo sysctl net.ipv4.ip_unprivileged_port_start=80"
 REMEDY = "use [IP:]HOST:GUEST[/udp], several of them with +"
 
 
@@ -54,8 +56,9 @@ class Forward:
                     probe.listen(1)
             except OSError as error:
                 where = f" of {self.ip}" if self.ip else ""
+                remedy = PRIVILEGED if error.errno == errno.EACCES else "publish another one"
                 raise ConfigError(
-                    f"cannot publish {self.kind} port {self.host}{where}: {error.strerror}", "publish another one"
+                    f"cannot publish {self.kind} port {self.host}{where}: {error.strerror}", remedy
                 ) from None
 
 

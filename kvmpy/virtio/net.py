@@ -171,6 +171,8 @@ class Net(VirtioDevice):
         self.reset()
 
     def attach(self, board: Board) -> None:
+        if any(self.mac):
+            _claim(board, self.mac)
         super().attach(board)
         for index, options in self._limit_options.items():
             self._limits[index] = RateLimit(board.loop, self, partial(self.serve, index), **options)
@@ -443,12 +445,25 @@ def _limit_options(way: str, bandwidth: str | None, ops: int | None, burst: floa
 
 
 def default_mac(board: Board, place: str) -> bytes:
-    """A locally administered address that depends on the place in the host's network and the number of the NIC."""
-    number = _numbers[board] = _numbers.get(board, 0) + 1
-    return bytes([LOCAL]) + hashlib.sha256(f"{place} {number}".encode()).digest()[:5]
+    """A locally administered address that depends on the place in the host's network and on the NICs before it."""
+    taken = _macs.setdefault(board, set())
+    for number in range(1, len(taken) + 2):
+        mac = bytes([LOCAL]) + hashlib.sha256(f"{place} {number}".encode()).digest()[:5]
+        if mac not in taken:
+            break
+    taken.add(mac)
+    return mac
 
 
-_numbers: WeakKeyDictionary[Board, int] = WeakKeyDictionary()  # of the NICs of each board
+def _claim(board: Board, mac: bytes) -> None:
+    """Raises ConfigError when another NIC of the board has this address."""
+    taken = _macs.setdefault(board, set())
+    if mac in taken:
+        raise ConfigError(f"two network devices have mac={mac.hex(':')}", "give each its own")
+    taken.add(mac)
+
+
+_macs: WeakKeyDictionary[Board, set[bytes]] = WeakKeyDictionary()  # of the NICs of each board
 
 
 def _opener(

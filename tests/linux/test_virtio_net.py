@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
-import http.server
 import os
 import shutil
 import socket
@@ -17,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from networks import ip, load, serve
 
 import kvmpy
 from kvmpy.boot import initramfs, kernels
-from kvmpy.core.errors import HostError
 from kvmpy.host.passt import Passt
 from kvmpy.virtio.net import Net
 
@@ -29,40 +27,6 @@ MODULES = ["virtio_mmio", "virtio_net"]
 BYTES = 512 << 10  # of the file that is copied in and out
 ORDINARY = 1514  # bytes of a full frame
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
-
-
-def load(name: str, kernel: Path) -> None:
-    """Load a module of the emulated host, which has those of the `amd64` kernel but not at hand; else a no-op."""
-    for module in kernel.parents[1].glob(f"lib/modules/{os.uname().release}/kernel/drivers/net/{name}.ko*"):
-        subprocess.run(["insmod", str(module)], check=True)
-
-
-def ip(*lines: str) -> None:
-    """Run the host's `ip` with the words of each line."""
-    for line in lines:
-        subprocess.run(["ip", *line.split()], check=True)
-
-
-@pytest.fixture
-def pingable(amd64: Path) -> str:
-    """passt works here, and this address answers pings that go through it: the guest's own if no other does.
-
-    passt wants an interface with a default route: a host without any network gets one that leads nowhere.
-    """
-    address = "127.0.0.1"
-    if shutil.which("ip") and not subprocess.check_output(["ip", "route", "show", "default", "type", "unicast"]):
-        load("dummy", amd64)
-        ip("link set lo up", "link add nowhere type dummy", "addr add 10.9.0.2/24 dev nowhere", "link set nowhere up")
-        ip("route add default via 10.9.0.1")
-    if Path("/sys/class/net/nowhere").exists():
-        address = "198.51.100.1"
-        ip(f"addr replace {address}/32 dev lo")
-        Path("/proc/sys/net/ipv4/ping_group_range").write_text("0 2147483647")  # what passt may do on most hosts
-    try:
-        Passt().close()
-    except HostError as error:
-        pytest.skip(str(error))
-    return address
 
 
 @pytest.fixture
@@ -86,16 +50,8 @@ def served(tmp_path: Path) -> Iterator[tuple[int, bytes]]:
     """The port of an HTTP server on this host, and what it serves as `/data`."""
     data = os.urandom(BYTES)
     (tmp_path / "data").write_bytes(data)
-    handler = functools.partial(Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("0.0.0.0", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_address[1], data
-        server.shutdown()
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        return
+    with serve(tmp_path) as port:
+        yield port, data
 
 
 @pytest.fixture

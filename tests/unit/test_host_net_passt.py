@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -86,6 +87,18 @@ def test_what_cannot_be_published(text: str) -> None:
 def test_port_in_use(taken: int) -> None:
     with pytest.raises(ConfigError, match=f"cannot publish tcp port {taken} of 127.0.0.1: Address already in use; pub"):
         Forward("127.0.0.1", taken, 80).check()
+
+
+def test_port_of_roots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy is another one than for a port that is in use."""
+
+    def bind(probe: socket.socket, address: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+
+    with pytest.raises(ConfigError, match=r"tcp port 80: Permission denied; publish one from 1024 on, or .*sysctl"):
+        Forward(None, 80, 80).check()
 
 
 def test_address_of_another_host() -> None:

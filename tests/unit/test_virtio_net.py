@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmpy.core.errors import ConfigError, HostError
+from kvmpy.core.errors import ConfigError, HostError, NotFoundError
 from kvmpy.core.events import READ, WRITE, EventLoop
 from kvmpy.host.frames import MAX_FRAME, Frame
 from kvmpy.testing import FakeBoard, RingDriver
@@ -986,6 +986,34 @@ def test_options_that_cannot_be(options: dict[str, object], message: str) -> Non
         Net(**options)  # type: ignore[arg-type]
 
 
+def test_two_cards_with_one_address() -> None:
+    board = FakeBoard()
+    Net("none", mac=MAC).attach(board)
+
+    with pytest.raises(ConfigError, match=f"two network devices have mac={MAC}; give each its own"):
+        Net("none", mac=MAC).attach(board)
+
+
+def test_default_address_that_is_taken() -> None:
+    board, other = FakeBoard(), FakeBoard()
+    first, second = Net("none"), Net("none")
+    first.attach(other)
+
+    Net("none", mac=first.mac.hex(":")).attach(board)
+    second.attach(board)
+
+    assert second.mac != first.mac
+
+
 def test_socket_without_a_peer(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="cannot connect the network to"):
+    with pytest.raises(
+        NotFoundError, match=r"cannot connect the network to .*none.: no such socket; start what listens"
+    ):
         Net("socket", path=tmp_path / "none").attach(FakeBoard())
+
+
+def test_socket_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(HostError, match=r"cannot connect the network to .*file.: it is no socket; name"):
+        Net("socket", path=tmp_path / "file").attach(FakeBoard())
