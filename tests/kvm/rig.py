@@ -37,7 +37,8 @@ MMIO = layout.MMIO_DEVICES
 LAPIC_WINDOW = layout.LAPIC  # messages to APIC 0 are writes here
 
 # In which mode each guest is entered; all else is real mode.
-LONG = {"irq", "lapic_timer", "longmode", "mmio", "popcnt", "puppet", "user", "virtio", "virtio_pci"}
+LONG = {"irq", "lapic_timer", "longmode", "mmio", "popcnt", "puppet", "user"}
+LONG |= {"virtio", "virtio_pci", "virtio_net", "virtio_net_pci"}
 PROTECTED = {"protected", "triple"}
 
 

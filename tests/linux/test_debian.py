@@ -79,10 +79,21 @@ def log_in(guest: Command) -> None:
     guest.expect("# ")
 
 
-def test_debian_lives_on_a_disk(start: Start, debian: Path, disk: Path) -> None:
+# The address and the way out come by DHCP, without anybody's help.
+INSTALL = r"""
+until host=$(ip route | sed -n 's/^default via \([0-9.]*\) .*/\1/p'); [ "$host" ]; do sleep 0.2; done
+echo "deb [trusted=yes] http://$host:{port} ./" >/etc/apt/sources.list
+apt-get -qq update </dev/null && apt-get -qq install kvmpy-hello </dev/null >/dev/null 2>&1; echo apt=$?=
+kvmpy-hello
+ping -c 2 -W 9 {ping}
+"""
+
+
+def test_debian_lives_on_a_disk(start: Start, debian: Path, disk: Path, pingable: str, repository: int) -> None:
+    """Systemd comes up, with a network over which a package is installed; what was written stays."""
     guest = start(
         *(KVMPY, "boot", debian / "root.vmlinuz", "--initrd", debian / "root.initrd", "--disk", disk),
-        *("--mem", "512M", "--append", f"{ROOT} loglevel=4", "--timeout", LIMIT),
+        *("--net", "user", "--mem", "512M", "--append", f"{ROOT} loglevel=4", "--timeout", LIMIT),
     )
 
     log_in(guest)
@@ -90,12 +101,16 @@ def test_debian_lives_on_a_disk(start: Start, debian: Path, disk: Path) -> None:
     mounted = guest.expect(r"/dev/vda\s+\S+\s")
     guest.type("echo failed=$(systemctl --failed --plain --no-legend)\n")
     failed = guest.expect(r"failed=[^$\r]*\r")
+    guest.type(INSTALL.format(port=repository, ping=pingable))
+    installed = guest.expect(r"apt=\d+=")
+    guest.expect("hello-42")
+    guest.expect(" 2 received")
     guest.type("systemctl poweroff\n")
     done = guest.end()
 
     assert done.status == 0
     assert mounted.split() == ["/dev/vda", "ext4"]
-    assert failed.strip() == "failed="
+    assert (failed.strip(), installed) == ("failed=", "apt=0=")
     assert tool("debugfs", "-R", "cat /root/file", disk) == "kept\n"
     tool("fsck.ext4", "-fn", disk)
 
