@@ -27,10 +27,12 @@ def test_hostile_28_sector_beyond_the_end(disk: Disk, path: Path, kind: int, sec
 
 
 @pytest.mark.parametrize("kind", [T.IN, T.OUT])
-def test_hostile_29_request_that_ends_beyond_the_end(disk: Disk, path: Path, kind: int) -> None:
-    data, room = [([], [512] * 3), ([bytes(512)] * 3, [])][kind == T.OUT]
+@pytest.mark.parametrize("count", [2, 3, 100])
+def test_hostile_29_sum_of_the_buffers_ends_beyond_the_end(disk: Disk, path: Path, kind: int, count: int) -> None:
+    """Each buffer would fit into the last sector."""
+    data, room = [([], [512] * count), ([bytes(512)] * count, [])][kind == T.OUT]
 
-    assert disk.request(kind, SECTORS - 2, data, room)[0] == S.IOERR
+    assert disk.request(kind, SECTORS - 1, data, room)[0] == S.IOERR
     assert path.read_bytes() == CONTENT
     assert disk.works
 
@@ -182,12 +184,31 @@ def test_hostile_35_every_head_comes_back(disk: Disk) -> None:
 
 
 def test_hostile_36_nothing_happens_after_a_reset(disk: Disk, path: Path) -> None:
+    """Requests that were on their way touch neither the image nor memory, when their turn on the event loop comes."""
     disk.submit(T.OUT, 0, [bytes(512)])
-    disk.driver.set("QueueNotify", 0)  # and before the event loop's turn
+    disk.submit(T.IN, 7, room=[512])
+    before = disk.board.mem.read(0, 16 << 20)
+    disk.driver.set("QueueNotify", 0)
+
     disk.driver.set("Status", 0)
     disk.board.steps.turn()
 
     assert path.read_bytes() == CONTENT
+    assert disk.board.mem.read(0, 16 << 20) == before
+
+
+def test_hostile_36_limit_that_ends_after_a_reset(connect: Connect) -> None:
+    disk = connect(iops=1)
+    for n in range(4):
+        disk.submit(T.IN, n, room=[512])
+    disk.driver.kick(0)
+    before = disk.board.mem.read(0, 16 << 20)
+
+    disk.driver.set("Status", 0)
+    disk.board.steps.advance(5)
+    disk.board.steps.turn()
+
+    assert disk.board.mem.read(0, 16 << 20) == before
 
 
 def test_hostile_37_format_is_never_guessed(connect: Connect) -> None:
@@ -249,6 +270,22 @@ def test_hostile_40_disk_full(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> No
     assert disk.write(0, b"y" * 4096) == S.OK
     assert disk.read(0, 8) == b"y" * 4096
     assert [fields["why"] for _, fields in disk.board.logs] == ["No space left on device"]
+
+
+def test_hostile_40_host_input_output_error(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO in each direction."""
+
+    def fail(fd: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", fail)
+        patch.setattr(os, "preadv", fail)
+        refused = [disk.write(0, b"x" * 512), disk.request(T.IN, 0, room=[512])[0]]
+
+    assert refused == [S.IOERR] * 2
+    assert disk.write(0, b"y" * 512) == S.OK
+    assert disk.works
 
 
 def test_hostile_40_image_cut_short(disk: Disk, path: Path) -> None:
