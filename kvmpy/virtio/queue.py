@@ -163,8 +163,9 @@ class VirtQueue:
             if avail[1] == self._next_avail:
                 return None
         count = avail[1] - self._next_avail & 0xFFFF
-        if count > self.size:
-            raise QueueError(f"queue {self.index}: {count} entries available, it has {self.size}")
+        under_way = self._next_avail - self._next_used & 0xFFFF
+        if count + under_way > self.size:  # a driver reuses an entry only when it is back (2.7.13)
+            raise QueueError(f"queue {self.index}: {count} available and {under_way} under way, it has {self.size}")
         head = avail[2 + self._next_avail % self.size]
         self._next_avail = self._next_avail + 1 & 0xFFFF
         return self._chain(head)
