@@ -118,6 +118,8 @@ class VirtQueue:
         if size & (size - 1) or not 0 < size <= self.max_size:
             raise QueueError(f"queue {self.index}: size {size}")
         for name, address, alignment in (("desc", self.desc, 16), ("avail", self.avail, 2), ("used", self.used, 4)):
+            if not address:
+                raise QueueError(f"queue {self.index}: enabled without an address of {name}")
             if address % alignment:
                 raise QueueError(f"queue {self.index}: {name} at {address:#x} is not aligned to {alignment}")
         window = self._mem.window
