@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvmpy.core.errors import ConfigError, NotFoundError
 from kvmpy.testing import FakeBoard
-from kvmpy.virtio.blk import BLK_F, HEADER, UNMAP, Blk, S, T
+from kvmpy.virtio.blk import BLK_F, UNMAP, Blk, S, T
 from kvmpy.virtio.spec import INTERRUPT, F
 
 # What drivers do.
@@ -33,28 +33,6 @@ def test_write(disk: Disk, path: Path) -> None:
 
     assert (status, written) == (S.OK, 1)
     assert path.read_bytes() == CONTENT[: 5 * 512] + data + CONTENT[8 * 512 :]
-
-
-@pytest.mark.parametrize("cut", [[1, 15, 0, 500, 12, 1000, 24], [16, 1536], [17, 1535], [1552], [8] * 194])
-@pytest.mark.parametrize("indirect", [False, True])
-def test_write_with_any_layout(disk: Disk, path: Path, cut: list[int], indirect: bool) -> None:
-    data = os.urandom(3 * 512)
-    stream = HEADER.pack(T.OUT, 0, 9) + data
-    ends = [sum(cut[: n + 1]) for n in range(len(cut))]
-
-    head = disk.driver.submit(
-        0, [stream[end - n : end] for end, n in zip(ends, cut, strict=True)], [1], indirect=indirect
-    )
-
-    assert disk.finish(head)[0] == S.OK
-    assert path.read_bytes()[9 * 512 : 12 * 512] == data
-
-
-@pytest.mark.parametrize("room", [[1537], [512, 1025], [1536, 1], [1, 0, 511, 1024, 1], [1536, 0, 1, 0]])
-def test_read_with_any_layout(disk: Disk, room: list[int]) -> None:
-    head = disk.driver.submit(0, [HEADER.pack(T.IN, 0, 9)], room)
-
-    assert disk.finish(head) == (S.OK, CONTENT[9 * 512 : 12 * 512], 1537)
 
 
 def test_more_buffers_than_one_call_takes(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
