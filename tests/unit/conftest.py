@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from balloons import balloon
+from consoles import switchboard, terminal
 from disks import connect, disk, path, syncs
 from nics import TapNet, plugged, rig, tap
 
@@ -16,7 +18,7 @@ from kvmpy.virtio.console import VirtioConsole
 from kvmpy.virtio.device import VirtioDevice
 from kvmpy.virtio.rng import Rng
 
-__all__ = ["connect", "disk", "path", "plugged", "rig", "syncs", "tap"]
+__all__ = ["balloon", "connect", "disk", "path", "plugged", "rig", "switchboard", "syncs", "tap", "terminal"]
 
 DEVICES: dict[str, Callable[[Path], VirtioDevice]] = {
     "blk": lambda image: Blk(path=image, queues=2),

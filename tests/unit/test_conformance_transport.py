@@ -283,16 +283,6 @@ def test_conformance_03_same_features_after_a_reset(any_driver: RingDriver, each
         assert any_driver.get("Status") == BEGUN | STATUS.FEATURES_OK
 
 
-def test_conformance_03_device_is_told_what_was_accepted(probed: RingDriver, probe: Probe) -> None:
-    """3.1.1: the device is activated with that, and its queues are looked at once."""
-    probed.start(F.VERSION_1 | 1 << 40)
-
-    probed.kick(1)
-
-    assert probed.get("Status") == READY
-    assert probe.told == ["reset", F.VERSION_1 | 1 << 40, 0, 1, 1]
-
-
 # 4: errors.
 
 
