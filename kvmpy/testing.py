@@ -272,6 +272,11 @@ class RingDriver:
 
     def start(self, features: int = F.VERSION_1, sizes: Sequence[int] | None = None) -> None:
         """Reset, agree on `features`, set up the queues (of `sizes` entries, else as large as they may be), go."""
+        self.prepare(features, sizes)
+        self.go()
+
+    def prepare(self, features: int = F.VERSION_1, sizes: Sequence[int] | None = None) -> None:
+        """All of `start` that comes before DRIVER_OK."""
         self.set("Status", 0)
         self.set("Status", STATUS.ACKNOWLEDGE | STATUS.DRIVER)
         self.accept(features)
@@ -280,6 +285,9 @@ class RingDriver:
         for index in range(len(self.transport.core.queues)):
             self.set("QueueSel", index)
             self.add_queue(sizes[index] if sizes else self.get("QueueNumMax"))
+
+    def go(self) -> None:
+        """The driver is up; the event loop takes a turn."""
         self.set("Status", self.get("Status") | STATUS.DRIVER_OK)
         self.board.steps.turn()
 
@@ -473,7 +481,8 @@ class _PciRegisters:
 
     def set(self, register: str, value: int) -> None:
         if register == "QueueNotify":
-            self._board.memory_bus.write(self.base + pci.NOTIFY + pci.NOTIFY_MULTIPLIER * (value & 0x3FF), 2, value)
+            place = min(value, pci.PAGE // pci.NOTIFY_MULTIPLIER - 1)  # of a queue that has none: the last one
+            self._board.memory_bus.write(self.base + pci.NOTIFY + pci.NOTIFY_MULTIPLIER * place, 2, value)
             return
         offset, width = self._place(register)
         self._board.memory_bus.write(self.base + offset, width, value)

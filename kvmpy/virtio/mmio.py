@@ -101,7 +101,8 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
         return self.core.status
 
     def write_Status(self, value: int) -> None:
-        self.core.write_status(value & 0xFF)
+        value &= 0xFF  # 2.1: status is a byte
+        self.core.write_status(value)
         if value == 0:
             with self._pending:
                 super().reset()

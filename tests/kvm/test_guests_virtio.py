@@ -33,6 +33,11 @@ ETHERTYPE = bytes.fromhex("88b5")  # for experiments (IEEE 802)
 UP = 0xF  # ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
 
 
+def written(vm: Rig) -> list[int]:
+    """The addresses of the last MMIO writes that left KVM."""
+    return [exit.address for exit in vm.thread.recent() if exit.reason == exits.EXIT_MMIO and exit.is_write]
+
+
 @pytest.fixture
 def make_board(vm: Rig) -> Iterator[Callable[..., MainBoard]]:
     """Makes a board on the rig's VM, whose devices the guest sees."""
@@ -109,7 +114,7 @@ def test_kick_is_no_exit(vm: Rig, board: MainBoard) -> None:
 
     vm.run("virtio")
 
-    writes = [exit.address for exit in vm.thread.recent() if exit.reason == exits.EXIT_MMIO and exit.is_write]
+    writes = written(vm)
     assert layout.MMIO_DEVICES + 0x64 in writes  # InterruptACK
     assert layout.MMIO_DEVICES + QUEUE_NOTIFY not in writes
 
@@ -210,7 +215,7 @@ def test_frames_are_no_exits(vm: Rig, board: MainBoard, far_end: socket.socket, 
     exchange(vm, "virtio_net", far_end)
     net.close()
 
-    writes = [fields[1] for fields in vm.thread.recent if fields[0] == 6 and fields[4]]  # KVM_EXIT_MMIO, is_write
+    writes = written(vm)
     assert layout.MMIO_DEVICES + 0x64 in writes  # InterruptACK
     assert layout.MMIO_DEVICES + QUEUE_NOTIFY not in writes
 
