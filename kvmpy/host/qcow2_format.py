@@ -11,10 +11,10 @@ import os
 import struct
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import ImageError
+from ..core.record import Record
 from ..core.regs import Bits, Field, bit
 from .image_file import ImageFile
 from .qcow2_tables import QWORD, decode
@@ -68,8 +68,7 @@ class ENTRY(Bits):
     RESERVED = Field(61, 56) | Field(8, 1)
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(Record, frozen=True):
     """The checked fields under their names in the specification, `backing_file` and `backing_format` as text."""
 
     version: int

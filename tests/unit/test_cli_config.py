@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from kvmpy import catalogue
 from kvmpy.cli import config, settings
 from kvmpy.core.errors import ConfigError, KvmpyError, NotFoundError
+from kvmpy.core.record import replace
 
 EVERYTHING = """
 kernel: bzImage
