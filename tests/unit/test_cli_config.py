@@ -194,7 +194,7 @@ def test_a_large_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["README.md", "kvmpy/cli/settings.py"], ids=["README", "help"])
 def test_the_examples_in_the_documentation(tmp_path: Path, source: str) -> None:
     text = (Path(__file__).parents[2] / source).read_text()
-    (example,) = re.findall(r"^ *kernel: bzImage\n(?:[ -]*[a-z].+\n)+", text, re.MULTILINE)
+    (example,) = re.findall(r"^ *kernel: bzImage\n(?:[ -]*[a-z{].+\n)+", text, re.MULTILINE)
     (tmp_path / "vm.yaml").write_text(example)
 
     machine = settings.machine_config(told("--config", tmp_path / "vm.yaml"))
