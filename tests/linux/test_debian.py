@@ -38,9 +38,9 @@ for d in /sys/block/vd?; do echo "disk $(basename $d) $(cat $d/serial)"; done
 echo "cards $(cat /sys/class/net/eth0/address /sys/class/net/eth1/address | xargs)"
 echo "random $(head -c 4096 /dev/hwrng | wc -c) $(cat /sys/class/misc/hw_random/rng_current)"
 echo "console $(cat /sys/class/tty/console/active)"
-for port in /sys/class/virtio-ports/*; do grep -q . $port/name && device=/dev/$(basename $port); done
+for name in /sys/class/virtio-ports/*/name; do device=/dev/$(basename $(dirname $name)); done
 echo "from the guest" >$device
-echo "port $(cat $port/name): $(head -n 1 $device)"
+echo "port $(cat $name): $(head -n 1 $device)"
 for n in $(seq 100); do
     inflated=$(sed -n 's/^balloon_inflate //p' /proc/vmstat)
     [ "$inflated" -ge 16384 ] && break
