@@ -36,7 +36,7 @@ def runs(options: Options, folder: Path) -> dict[str, Run]:
 def run(contender: Contender, job: Job, folder: Path, options: Options) -> Iterator[Figure]:
     path = folder / f"{contender.name}.bin".replace(" ", "-")
     path.write_bytes(phases.image("blk", contender, [Phase(READ, DEPTH, SIZE)], LOAD_SECONDS))
-    job, count = job.with_image(path), 5 if options.smoke else SAMPLES
+    job, count = job.with_image(path), 3 if options.smoke else SAMPLES
     with running(contender, job) as process:
         yield from figures("key to echo", keys(process, count))
         if isinstance(contender, Qemu) and job.qmp:
