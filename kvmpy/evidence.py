@@ -159,8 +159,8 @@ def collect(machine: Machine, stop: Stop) -> Evidence:
 def examine(thread: VcpuThread, memory: GuestMemory, ports: Bus, mmio: Bus) -> Cpu:
     """The CPU of a thread that was told to end; does not wait for one that has not."""
     vcpu, index = thread.vcpu, thread.vcpu.index
-    recent = list(thread.recent.copy())
-    reason = recent[-1][0] if recent else exits.EXIT_IO
+    recent = thread.recent()
+    reason = recent[-1].reason if recent else exits.EXIT_IO
     fatal = ""
     if reason not in (exits.EXIT_IO, exits.EXIT_MMIO):
         fatal = exits.describe(vcpu.page)
@@ -201,15 +201,13 @@ def _activity(mp_state: int, regs: Regs) -> Activity:
     return Activity.WAITING
 
 
-def _count(recent: Sequence[tuple[int, ...]], ports: Bus, mmio: Bus) -> tuple[Exits, ...]:
-    """VcpuThread.recent, equal exits counted together, the latest first."""
+def _count(recent: Sequence[exits.Exit], ports: Bus, mmio: Bus) -> tuple[Exits, ...]:
+    """Equal exits counted together, the latest first."""
     counts: dict[tuple[str, int, int, str], int] = {}
-    for fields in reversed(recent):
-        if fields[0] == exits.EXIT_IO:
-            _, is_out, size, address, _, _ = fields
-            what, bus = "out" if is_out else "in", ports
+    for reason, is_write, size, address, _ in reversed(recent):
+        if reason == exits.EXIT_IO:
+            what, bus = "out" if is_write else "in", ports
         else:
-            _, address, _, size, is_write = fields
             what, bus = "write" if is_write else "read", mmio
         kind = (what, address, size, _device(bus, address, size))
         counts[kind] = counts.get(kind, 0) + 1

@@ -7,14 +7,18 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from .core.board import Stop
 from .core.bus import Bus, BusDevice
+from .core.cell import Cell
 from .core.errors import ConfigError, KvmError
 from .core.events import EventLoop
 from .core.irq import IrqLine
 from .core.log import LEVELS, log
 from .core.memory import GuestMemory
+from .core.sink import Sink
+from .kvm.fast import MMIO, Cells
 from .kvm.handle import Vm
 from .kvm.irq import GsiLine, MsiLine, MsiRouter
 from .pci.bus import PciBus
@@ -38,7 +42,13 @@ class MainBoard:
         self.mem = mem
         self.loop = loop
         self.ports = Bus("port", lambda address, size, value: _unmapped("port", address, size, value))
-        self.memory_bus = Bus("mmio", lambda address, size, value: _unmapped("mmio", address, size, value))
+        self.memory_bus = Bus(
+            "mmio",
+            lambda address, size, value: _unmapped("mmio", address, size, value),
+            slots=self.ports.slots,
+            tag=MMIO,
+        )
+        self.cells = Cells()
         self.words: list[str] = []
         self._vm = vm
         self._stop = stop
@@ -52,7 +62,8 @@ class MainBoard:
         if pci:
             self.pci = PciBus(self.memory_bus, layout.PCI_ECAM, range(layout.PCI_WINDOW, layout.PCI_WINDOW_END))
         self._msis = MsiRouter(vm)
-        self._doorbells: list[EventDoorbell] = []
+        self._doorbells: list[tuple[EventDoorbell, EventLoop]] = []  # and what listens
+        self._loops: list[EventLoop] = []  # of single devices
 
     def pio(self, base: int, size: int, device: BusDevice) -> None:
         self.ports.add(base, size, device)
@@ -70,6 +81,9 @@ class MainBoard:
         self.memory_bus.add(base, size, device)
         return base
 
+    def cell(self, address: int, size: int, *, mmio: bool = False, sink: Sink | None = None) -> Cell:
+        return self.cells.add(address, size, mmio=mmio, stream=getattr(sink, "stream", None))
+
     def irq(self, gsi: int | None = None) -> IrqLine:
         if gsi is None:
             if not self._free_gsis:
@@ -82,13 +96,26 @@ class MainBoard:
     def msi(self) -> MsiLine:
         return self._msis.line()
 
+    def new_loop(self, name: str) -> EventLoop:
+        loop = self.loop.sibling(f"{name}{len(self._loops)}")
+        self._loops.append(loop)
+        loop.start()
+        return loop
+
     def doorbell(
-        self, address: int | None, size: int, value: int | None, ring: Callable[[], None], owner: BusDevice
+        self,
+        address: int | None,
+        size: int,
+        value: int | None,
+        ring: Callable[[], None],
+        owner: Any,
+        loop: EventLoop | None = None,
     ) -> EventDoorbell:
+        loop = loop or self.loop
         bell = EventDoorbell(self._vm, size, value)
-        self._doorbells.append(bell)
+        self._doorbells.append((bell, loop))
         bell.place(address)
-        self.loop.add(bell.fd, partial(_rung, bell.fd, ring), owner=owner)
+        loop.add(bell.fd, partial(_rung, bell.fd, ring), owner=owner)
         return bell
 
     def virtio(self, device: VirtioDevice) -> None:
@@ -120,18 +147,20 @@ class MainBoard:
 
     def close(self) -> None:
         """Let go of guest memory and of what stands in the host for lines and doorbells."""
+        for loop in self._loops:
+            loop.stop()
         transports: list[VirtioMmio | VirtioPci] = [*self.virtio_pci, *(transport for transport, _ in self.virtio_mmio)]
         for transport in transports:
-            with transport.lock:
+            with transport.core.device.lock:
                 transport.core.reset()
                 transport.core.device.close()
-        for bell in self._doorbells:
-            self.loop.remove(bell.fd)
+        for bell, loop in self._doorbells:
+            loop.remove(bell.fd)
             os.close(bell.fd)
         self._msis.close()
         for line in self._lines.values():
             line.close()
-        self._doorbells, self._lines = [], {}
+        self._doorbells, self._lines, self._loops = [], {}, []
 
     def cmdline(self, *words: str) -> None:
         self.words += words

@@ -24,11 +24,13 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
+from ..core import progress
 from ..core.errors import ConfigError, HostError, KvmpyError
 from ..core.text import escaped
 
 VERBS = {
     "boot": "boot a kernel and connect to its console",
+    "config": "print the machine that options describe, as YAML",
     "doctor": "tell what this host can do, and the remedy for what it cannot",
     "inspect": "tell how a kernel image can be booted",
     "initrd": "make an initramfs",
@@ -89,6 +91,7 @@ def _dispatch(argv: list[str]) -> int:
         allow_abbrev=False,  # or a script that abbreviates breaks when an option is added
     )
     module.add_arguments(parser)
+    progress.show()
     status: int = module.run(parser.parse_args(argv[1:]))
     return status
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..core.buffers import behind
+from ..core.buffers import ZEROES, behind
 from ..core.errors import ConfigError, HostError, ImageError, NotFoundError
 from .filelock import lock
 
@@ -24,7 +24,6 @@ CACHES = ("writeback", "unsafe", "direct")
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # FALLOC_FL_* of <linux/falloc.h>
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}  # by a file system or device
-ZEROES = memoryview(bytes(1 << 16))
 
 
 class Image(Protocol):
@@ -183,6 +182,10 @@ class Raw:
                 os.close(fd)
         self._fd = self._direct = -1
 
+    def at_end(self, buffers: Sequence[memoryview]) -> None:
+        """What becomes of `buffers` that the file has nothing for."""
+        raise OSError(errno.EIO, "the file has become shorter")
+
     def _transfer(self, call: Callable[[int, Any, int], int], offset: int, buffers: Sequence[memoryview]) -> None:
         fd = self._fd if self._direct < 0 else self._direct
         rest = [buffer for buffer in buffers if len(buffer)]
@@ -195,7 +198,8 @@ class Raw:
                 fd = self._fd
                 continue
             if not done:
-                raise OSError(errno.EIO, "the file has become shorter")
+                self.at_end(rest)
+                return
             offset += done
             rest = behind(rest, done)
 

@@ -8,6 +8,7 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import ConfigError, HostError
 from ..core.events import EventLoop
@@ -112,10 +113,13 @@ class File:
 
 
 class UnixSocket:
-    """A listening socket at `path`, one client at a time; without one, output goes nowhere."""
+    """A listening socket at `path`, one client at a time; without one, output goes nowhere.
 
-    def __init__(self, loop: EventLoop, path: Path, received: Received, sent: Sent) -> None:
-        self._loop, self._path, self._received, self._sent = loop, path, received, sent
+    With an `owner`, callbacks have its lock, and calls must.
+    """
+
+    def __init__(self, loop: EventLoop, path: Path, received: Received, sent: Sent, owner: Any = None) -> None:
+        self._loop, self._path, self._received, self._sent, self._owner = loop, path, received, sent, owner
         self._client: socket.socket | None = None
         self._writer: Writer | None = None
         self._reader: Reader | None = None
@@ -129,7 +133,7 @@ class UnixSocket:
         except OSError as error:
             self._socket.close()
             raise HostError(f'cannot listen on "{path}": {error.strerror or error}', "name another path") from None
-        loop.add(self._socket.fileno(), self._accept)
+        loop.add(self._socket.fileno(), self._accept, owner=owner)
 
     def write(self, data: bytes) -> None:
         if self._writer is None:
@@ -161,8 +165,8 @@ class UnixSocket:
             return
         client.setblocking(False)
         self._client = client
-        self._writer = Writer(self._loop, client.fileno(), self._sent)
-        self._reader = Reader(self._loop, client.fileno(), self._typed)
+        self._writer = Writer(self._loop, client.fileno(), self._sent, self._owner)
+        self._reader = Reader(self._loop, client.fileno(), self._typed, self._owner)
 
     def _typed(self, data: bytes) -> None:
         if data:

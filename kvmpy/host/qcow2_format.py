@@ -96,7 +96,7 @@ class Header:
 
 def read_header(file: ImageFile) -> Header:
     """The header of `file`; raises ImageError for what is no usable qcow2 image."""
-    return parse(os.pread(file.fd, 1 << MAX_CLUSTER_BITS, 0), file.size, file.path)
+    return parse(file.read(0, min(file.size, 1 << MAX_CLUSTER_BITS)), file.size, file.path)
 
 
 def parse(data: bytes, file_size: int, path: Path) -> Header:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core.errors import ConfigError
 from ..core.regs import Bits, bit
@@ -168,6 +168,7 @@ class VirtioConsole(VirtioDevice):
 
     type_id = Type.CONSOLE
     modules = ("virtio_console",)
+    has_console: ClassVar[bool] = True  # the driver is told of port 0
     config: bytearray
 
     def __init__(self, *, ports: int = 1) -> None:
@@ -308,7 +309,8 @@ class VirtioConsole(VirtioDevice):
         if event == DEVICE_READY:
             self._ready = bool(value)
             for port in self.ports if value else ():
-                self._tell(port, DEVICE_ADD)
+                if port.number or self.has_console:
+                    self._tell(port, DEVICE_ADD)
             return
         found = self._port(number)
         if found is None:

@@ -12,12 +12,17 @@ from .queue import QueueError, VirtQueue
 from .spec import STATUS, TRANSPORT_FEATURES, F
 
 HALF = 0xFFFFFFFF  # features travel as two 32-bit halves
+STEPS = (  # 3.1.1: each status bit, and the one that comes before it
+    (STATUS.DRIVER, STATUS.ACKNOWLEDGE),
+    (STATUS.FEATURES_OK, STATUS.DRIVER),
+    (STATUS.DRIVER_OK, STATUS.FEATURES_OK),
+)
 
 
 class VirtioCore:
     """One device and its driver's progress. `used(queue)` and `changed()` are the transport's interrupts.
 
-    Every method is called with the device's lock held.
+    Every method but `kick` is called with the device's lock held.
     """
 
     def __init__(
@@ -44,10 +49,13 @@ class VirtioCore:
             return
         old = self.status
         new = old | value & STATUS.WRITABLE
+        for step, stands_on in STEPS:
+            if not new & stands_on:
+                new &= ~step
         if new & ~old & STATUS.FEATURES_OK and not self._acceptable():
-            new &= ~STATUS.FEATURES_OK
-        if new & ~old & STATUS.DRIVER_OK and not new & STATUS.FEATURES_OK:
-            new &= ~STATUS.DRIVER_OK  # 3.1.1: not before the features are agreed on
+            new &= ~(STATUS.FEATURES_OK | STATUS.DRIVER_OK)
+        if new & ~old & STATUS.DRIVER_OK and new & STATUS.FAILED:
+            new &= ~STATUS.DRIVER_OK
         self.status = new
         if new & ~old & STATUS.DRIVER_OK:
             self._activate()
@@ -107,10 +115,14 @@ class VirtioCore:
         return not self.status & STATUS.DRIVER_OK
 
     def kick(self, index: int) -> None:
-        """Have queue `index` served on the event loop, once however often it is kicked until then."""
+        """Have queue `index` served on the event loop, once however often it is kicked until then.
+
+        Any thread may call it without a lock: two at once may have it served twice, never not at all, since it leaves
+        the set before it is served.
+        """
         if index not in self._kicked:
             self._kicked.add(index)
-            self._board.loop.call_soon(lambda: self._serve(index), owner=self.device)
+            self.device.loop.call_soon(lambda: self._serve(index), owner=self.device)
 
     def _serve(self, index: int) -> None:
         self._kicked.discard(index)

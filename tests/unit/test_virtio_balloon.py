@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
+from balloons import (
+    ALL,
+    DEFLATE,
+    INFLATE,
+    MEMFREE,
+    MEMTOT,
+    PAGE,
+    RAM,
+    REPORTING,
+    STATS,
+    begin,
+    fill,
+    pages,
+    stats,
+    zeros,
+)
 
 from kvmpy.core.errors import ConfigError, HostError
 from kvmpy.core.memory import GuestMemory
@@ -14,12 +30,6 @@ from kvmpy.testing import FakeBoard, RingDriver
 from kvmpy.virtio import balloon
 from kvmpy.virtio.balloon import BALLOON_F, Balloon, runs
 from kvmpy.virtio.spec import INTERRUPT, F
-
-RAM = 4 << 20
-PAGE = 4096
-ALL = F.VERSION_1 | BALLOON_F.STATS_VQ | BALLOON_F.DEFLATE_ON_OOM | BALLOON_F.PAGE_REPORTING
-INFLATE, DEFLATE, STATS, REPORTING = 0, 1, 2, 4
-MEMFREE, MEMTOT = 4, 5
 
 
 @pytest.fixture
@@ -40,38 +50,6 @@ def driver(board: FakeBoard, device: Balloon) -> RingDriver:
     driver = RingDriver(board)
     begin(driver, ALL, [INFLATE, DEFLATE, STATS, REPORTING])
     return driver
-
-
-def begin(driver: RingDriver, features: int, queues: Sequence[int]) -> None:
-    """Start with only these queues enabled."""
-    driver.set("Status", 0)
-    driver.set("Status", 3)
-    driver.accept(features)
-    driver.queues = []
-    for index in range(max(queues) + 1):
-        driver.set("QueueSel", index)
-        driver.add_queue(8)
-        driver.set("QueueReady", int(index in queues))
-    driver.set("Status", 15)
-    driver.board.steps.turn()
-
-
-def pages(*pfns: int) -> bytes:
-    return struct.pack(f"<{len(pfns)}I", *pfns)
-
-
-def stats(*values: tuple[int, int]) -> bytes:
-    return b"".join(struct.pack("<HQ", *value) for value in values)
-
-
-def zeros(driver: RingDriver, first: int, count: int) -> list[int]:
-    """Those of `count` pages from page `first` on that hold only zeros."""
-    mem = driver.board.mem
-    return [pfn for pfn in range(first, first + count) if not any(mem.read(pfn * PAGE, PAGE))]
-
-
-def fill(driver: RingDriver, first: int, count: int) -> None:
-    driver.board.mem.write(first * PAGE, b"x" * count * PAGE)
 
 
 def test_runs_of_numbers() -> None:
@@ -435,3 +413,18 @@ def test_memory_that_the_host_keeps(driver: RingDriver, board: FakeBoard, monkey
 
     assert (answer, driver.needs_reset) == (b"", False)
     assert board.logs == [("memory stays with the guest", {"why": "locked"})]
+
+
+def test_a_target_from_the_start(board: FakeBoard) -> None:
+    device = Balloon(target="2M")
+
+    device.attach(board)
+
+    assert struct.unpack("<II", device.config) == ((2 << 20) // PAGE, 0)
+
+
+def test_a_target_from_the_start_that_cannot_be(board: FakeBoard) -> None:
+    with pytest.raises(ConfigError, match="a balloon of 8 MiB does not fit; the guest has 4 MiB"):
+        Balloon(target="8M").attach(board)
+    with pytest.raises(ConfigError, match='invalid size "much"'):
+        Balloon(target="much")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
+from consoles import CONTROL_RX, CONTROL_TX, RX, RX1, TX, TX1, Owner, hear, say
 
 from kvmpy.console import LINGER, OUTPUT_LIMIT, Console
 from kvmpy.core.errors import ConfigError
@@ -22,25 +23,6 @@ from kvmpy.virtio.console import (
     VirtioConsole,
 )
 from kvmpy.virtio.spec import INTERRUPT, F
-
-RX, TX, CONTROL_RX, CONTROL_TX, RX1, TX1 = range(6)
-
-
-class Owner:
-    """A port's owner with room for `room` pieces; `rooms` counts what on_room was told."""
-
-    def __init__(self, room: int = 1 << 30) -> None:
-        self.data = b""
-        self.room = room
-        self.rooms = 0
-
-    def take(self, data: bytes) -> bool:
-        self.data += data
-        self.room -= 1
-        return self.room > 0
-
-    def on_room(self) -> None:
-        self.rooms += 1
 
 
 @pytest.fixture
@@ -83,20 +65,6 @@ def multi(board: FakeBoard, many: VirtioConsole) -> RingDriver:
     driver = RingDriver(board)
     driver.start(F.VERSION_1 | CONSOLE_F.SIZE | CONSOLE_F.MULTIPORT)
     return driver
-
-
-def say(driver: RingDriver, number: int, event: int, value: int) -> None:
-    driver.request(CONTROL_TX, [struct.pack("<IHH", number, event, value)])
-
-
-def hear(driver: RingDriver) -> list[tuple[int, int, bytes]]:
-    """(port, event, what follows) of the control messages that wait for the driver."""
-    for _ in range(16):
-        driver.submit(CONTROL_RX, writable=[64])
-    driver.kick(CONTROL_RX)
-    messages = [driver.data(CONTROL_RX, head)[:size] for head, size in driver.used(CONTROL_RX)]
-    assert [message[6:8] for message in messages] == [b"\1\0"] * len(messages)
-    return [(*struct.unpack("<IH", message[:6]), message[8:]) for message in messages]
 
 
 def test_one_port_has_two_queues(device: VirtioConsole, driver: RingDriver) -> None:
