@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import struct
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from rig import BINARIES, END, GUESTS, LOAD, MMIO, Rig
 
+from kvmpy.boot.elf import parse
+from kvmpy.boot.placement import put_segments
 from kvmpy.core.board import Reason, Stop
 from kvmpy.x86 import longmode
 
@@ -93,6 +96,25 @@ def test_guest_is_a_rom_at_the_reset_vector(vm: Rig, base: int) -> None:
     bench_guest(vm, "exits", rom, (READ_SCRATCH, 0, 0))
     vm.vm.set_memory(1, 0xFFFF0000, vm.mem.window(rom, 0x10000))
     enter(vm, 0xF000, base, 0xFFF0)
+
+    assert vm.run() == Stop(Reason.EXIT)
+    assert said(vm).startswith("B\nE")
+
+
+def test_guest_enters_in_long_mode_as_an_elf_kernel(vm: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of Firecracker, which is on none of our machines."""
+    monkeypatch.syspath_prepend(ROOT / "scripts/lib")
+    elf = importlib.import_module("bench.contenders").elf
+    vm.add_vcpu()
+    bench_guest(vm, "exits", LOAD, (READ_SCRATCH, 0, 0))
+
+    kernel = parse(memoryview(elf(vm.mem.read(LOAD, 0x10000))))
+    put_segments(vm.mem, kernel.segments)
+    sregs, regs = vm.vcpu.sregs(), vm.vcpu.regs()
+    longmode.long_mode(sregs, vm.mem)
+    regs.rip = kernel.entry
+    vm.vcpu.set_sregs(sregs)
+    vm.vcpu.set_regs(regs)
 
     assert vm.run() == Stop(Reason.EXIT)
     assert said(vm).startswith("B\nE")

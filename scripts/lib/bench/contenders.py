@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "scripts/lib/bench/build"
 MIB = 1 << 20
+LINKED, ENTRY64 = 0x100000, 0x10FFE0  # guests/bench/bench.ld
 LINUX = "console=ttyS0,115200 quiet panic=-1 reboot=k pci=off no_timer_check 8250.nr_uarts=1 random.trust_cpu=on"
 TRANSPORTS = 8  # of microvm without ACPI
 
@@ -36,11 +39,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Contender:
-    """A monitor; `device` and `pin` are those of its first virtio-mmio device, of which each has `stride` bytes."""
+    """A monitor; `device` and `pin` are those of its first virtio-mmio device."""
 
     name: str
     device: int = 0
-    stride: int = 0
     pin: int = 5
     exit_port: int = 0xF4
     environment: dict[str, str] = field(default_factory=dict)
@@ -139,6 +141,37 @@ class Kvmtool(Contender):
         return [*words, "--params", LINUX]
 
 
+class Firecracker(Contender):
+    """Firecracker; untested, as no machine of ours had it. It takes the image as an ELF kernel, and has no sockets."""
+
+    def command(self, job: Job) -> list[str]:
+        kernel, config = job.image.with_suffix(".elf"), job.image.with_suffix(".json")
+        kernel.write_bytes(elf(job.image.read_bytes()))
+        drives = [
+            {"drive_id": f"d{n}", "path_on_host": str(disk), "is_root_device": False, "is_read_only": False}
+            for n, disk in enumerate(job.disks)
+        ]
+        networks = [{"iface_id": f"n{n}", "host_dev_name": name} for n, name in enumerate(job.taps)]
+        machine = {"vcpu_count": job.cpus, "mem_size_mib": job.mem}
+        boot = {"kernel_image_path": str(kernel), "boot_args": ""}
+        parts = {"boot-source": boot, "drives": drives, "machine-config": machine, "network-interfaces": networks}
+        config.write_text(json.dumps(parts))
+        return ["firecracker", "--no-api", "--config-file", str(config)]
+
+    def lacks(self, job: Job) -> bool:
+        return job.console or bool(job.nets)
+
+
+def elf(image: bytes) -> bytes:
+    """The image of a guest in C as an ELF file with one segment (System V ABI, ELF header and program header)."""
+    start = 4096
+    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")  # 64 bits, little-endian
+    executable, x86_64, load, all_rights = 2, 62, 1, 7
+    head = struct.pack("<16sHHIQQQIHHHHHH", ident, executable, x86_64, 1, ENTRY64, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    segment = struct.pack("<IIQQQQQQ", load, all_rights, start, LINKED, LINKED, len(image), len(image), start)
+    return (head + segment).ljust(start, b"\0") + image
+
+
 def disk_image(folder: Path, size: int = MIB, name: str = "disk.img") -> Path:
     """A disk without holes, whose bytes are in the page cache and on the disk of the host."""
     path = folder / name
@@ -183,15 +216,16 @@ def make_venv() -> None:
     script.chmod(0o755)
 
 
-def found(aios: tuple[str, ...] = ()) -> Iterator[Contender]:
-    """All contenders that this host has; QEMU once for each of `aios`, where the row is about disks."""
-    layout = {"device": 0xD0000000, "stride": 0x1000}
-    yield BareLoop("bare C loop", **layout)
-    yield Kvmpy("kvmpy", exit_port=0x502, **layout)
-    yield Kvmpy("kvmpy pure", exit_port=0x502, environment={"KVMPY_PURE": "1"}, **layout)
+def found(aios: tuple[str, ...] = (), *, real_mode: bool = False) -> Iterator[Contender]:
+    """All contenders that this host has; QEMU once for each of `aios`, where the row is about disks; with `real_mode`,
+    those that start guests in real mode."""
+    yield BareLoop("bare C loop", device=0xD0000000)
+    yield Kvmpy("kvmpy", device=0xD0000000, exit_port=0x502)
+    yield Kvmpy("kvmpy pure", device=0xD0000000, exit_port=0x502, environment={"KVMPY_PURE": "1"})
     if binary := shutil.which("qemu-system-x86_64"):
         for aio in aios or ("threads",):
-            name = f"QEMU {aio}" if aios else "QEMU"
-            yield Qemu(name, device=0xFEB00000, stride=0x200, binary=binary, aio=aio)
+            yield Qemu(f"QEMU {aio}" if aios else "QEMU", device=0xFEB00000, binary=binary, aio=aio)
     if shutil.which("lkvm"):
-        yield Kvmtool("kvmtool", device=0xD2000000, stride=0x200)
+        yield Kvmtool("kvmtool", device=0xD2000000)
+    if shutil.which("firecracker") and not real_mode:
+        yield Firecracker("Firecracker", device=0xC0001000)

@@ -22,7 +22,10 @@ MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    return {contender.name: partial(run, contender, folder, 0.0 if options.smoke else SETTLE) for contender in found()}
+    return {
+        contender.name: partial(run, contender, folder, 0.0 if options.smoke else SETTLE)
+        for contender in found(real_mode=True)
+    }
 
 
 def run(contender: Contender, folder: Path, settle: float) -> Iterator[Figure]:

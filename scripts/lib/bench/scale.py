@@ -24,7 +24,7 @@ LIVES = 300
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    return {contender.name: partial(run, contender, folder, options) for contender in found()}
+    return {contender.name: partial(run, contender, folder, options) for contender in found(real_mode=True)}
 
 
 def run(contender: Contender, folder: Path, options: Options) -> Iterator[Figure]:
