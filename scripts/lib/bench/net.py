@@ -37,7 +37,7 @@ def run(contender: Contender, path: Path, options: Options, tap: bool) -> Iterat
         results = phases.run(contender, "net", Job(nets=(path,)), sends, options.seconds)
     for (name, size), done in zip(SIZES.items(), results, strict=True):
         yield from figures(f"send {name}", size, done)
-    for name, size in SIZES.items():
+    for name, size in list(SIZES.items())[: 1 if options.smoke else None]:
         with peer(path, "source", str(size)):
             (done,) = phases.run(contender, "net", Job(nets=(path,)), [Phase(RECEIVE, DEPTH, size)], options.seconds)
         yield from figures(f"receive {name}", size, done)

@@ -24,17 +24,17 @@ LIVES = 300
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    return {contender.name: partial(run, contender, folder, options) for contender in found()}
+    return {contender.name: partial(run, contender, folder, options) for contender in found(real_mode=True)}
 
 
 def run(contender: Contender, folder: Path, options: Options) -> Iterator[Figure]:
-    for cpus in CPUS[:2] if options.smoke else CPUS:
+    for cpus in CPUS[1:2] if options.smoke else CPUS:
         job = Job(cpus=cpus)
         if not contender.lacks(job):
             yield from exits(contender, job, options)
-    yield from at_once(contender, folder, 3 if options.smoke else MACHINES)
+    yield from at_once(contender, folder, 2 if options.smoke else MACHINES)
     if isinstance(contender, Kvmpy):
-        yield from in_one_process(contender, folder, 3 if options.smoke else LIVES)
+        yield from in_one_process(contender, folder, 2 if options.smoke else LIVES)
 
 
 def exits(contender: Contender, job: Job, options: Options) -> Iterator[Figure]:
