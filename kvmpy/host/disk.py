@@ -41,6 +41,10 @@ class Image(Protocol):
     @property
     def read_only(self) -> bool: ...
 
+    @property
+    def fd(self) -> int:
+        """A file whose bytes are those of the disk, for those who need no `readv` and `writev` then; -1: none is."""
+
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None: ...
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None: ...
@@ -166,6 +170,10 @@ class Raw:
             what = f"disk image {path}: its file system refuses cache=direct ({error.strerror})"
             raise HostError(what, "use cache=writeback, or another file system") from None
 
+    @property
+    def fd(self) -> int:
+        return self._fd if self._direct < 0 else self._direct
+
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._transfer(os.preadv, offset, buffers)
 
@@ -203,7 +211,7 @@ class Raw:
         raise OSError(errno.EIO, "the file has become shorter")
 
     def _transfer(self, call: Callable[[int, Any, int], int], offset: int, buffers: Sequence[memoryview]) -> None:
-        fd = self._fd if self._direct < 0 else self._direct
+        fd = self.fd
         rest = [buffer for buffer in buffers if len(buffer)]
         while rest:
             try:
