@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
 from .core.errors import ConfigError
+from .core.record import Record
+from .core.units import parse_size
 from .x86 import layout
 
-UNITS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-SIZE = re.compile(r"(?P<number>[0-9]{1,18})(?P<unit>[BKMGT]?)(?:I?B)?", re.ASCII | re.IGNORECASE)
 MIN_MEMORY = layout.MIB
 CONSOLES = ("serial", "virtio")
 TRANSPORTS = ("mmio", "pci")  # of virtio devices
 MAX_CPUS = 4096  # a mistake in --cpus ends here; KVM's own limit, asked later, is often lower
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes meant by `512M`, `2G`, `4096K` or a bare number, which counts MiB; raises ConfigError."""
-    match = SIZE.fullmatch(str(text))
-    if match is None:
-        raise ConfigError(f'invalid size "{text}"', "use e.g. 512M or 2G")
-    return int(match["number"]) << UNITS[(match["unit"] or "M").upper()]
 
 
 def parse_count(text: str | int, name: str, limit: int) -> int:
@@ -34,8 +25,7 @@ def parse_count(text: str | int, name: str, limit: int) -> int:
     return int(text)
 
 
-@dataclass(frozen=True)
-class MachineConfig:
+class MachineConfig(Record, frozen=True):
     """A machine, as the user describes it. Values may be given as text, as on the command line.
 
     kernel   path of the image; None: the newest one that is found
@@ -47,6 +37,7 @@ class MachineConfig:
     boot     protocol, or "auto"
     exec     a shell command for the built-in initramfs to run instead of a shell
     modules  kernel modules for the built-in initramfs to load, besides those for the devices
+    modules_dir  where the kernel's modules are; None: beside it, or in /lib/modules
     devices  devices besides those that every machine has, as for --device (catalogue.py)
     environment  NAME=VALUE words for the shell of the built-in initramfs
     console  what the kernel's console is: "serial" (ttyS0), or "virtio" (hvc0), which starts when its driver does
@@ -62,6 +53,7 @@ class MachineConfig:
     boot: str = "auto"
     exec: str | None = None
     modules: tuple[str, ...] = ()
+    modules_dir: Path | None = None
     devices: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
     console: str = "serial"
@@ -79,6 +71,7 @@ class MachineConfig:
         boot: str = "auto",
         exec: str | None = None,
         modules: Sequence[str] = (),
+        modules_dir: str | PathLike[str] | None = None,
         devices: Sequence[str] = (),
         environment: Sequence[str] = (),
         console: str = "serial",
@@ -106,6 +99,7 @@ class MachineConfig:
             boot=boot,
             exec=exec,
             modules=tuple(modules),
+            modules_dir=None if modules_dir is None else Path(fspath(modules_dir)),
             devices=tuple(devices),
             environment=tuple(environment),
             console=console,

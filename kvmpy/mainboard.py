@@ -7,21 +7,27 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from .core.board import Stop
 from .core.bus import Bus, BusDevice
+from .core.cell import Cell
 from .core.errors import ConfigError, KvmError
 from .core.events import EventLoop
 from .core.irq import IrqLine
 from .core.log import LEVELS, log
 from .core.memory import GuestMemory
+from .core.sink import Sink
+from .kvm.fast import MMIO, Cells
 from .kvm.handle import Vm
 from .kvm.irq import GsiLine, MsiLine, MsiRouter
-from .pci.bus import PciBus
-from .virtio.device import VirtioDevice
-from .virtio.mmio import SIZE, VirtioMmio
-from .virtio.pci import VirtioPci
 from .x86 import layout
+
+if TYPE_CHECKING:
+    from .pci.bus import PciBus
+    from .virtio.device import VirtioDevice
+    from .virtio.mmio import VirtioMmio
+    from .virtio.pci import VirtioPci
 
 SPARE_GSIS = 4  # left for devices that have a line of their own
 
@@ -38,7 +44,13 @@ class MainBoard:
         self.mem = mem
         self.loop = loop
         self.ports = Bus("port", lambda address, size, value: _unmapped("port", address, size, value))
-        self.memory_bus = Bus("mmio", lambda address, size, value: _unmapped("mmio", address, size, value))
+        self.memory_bus = Bus(
+            "mmio",
+            lambda address, size, value: _unmapped("mmio", address, size, value),
+            slots=self.ports.slots,
+            tag=MMIO,
+        )
+        self.cells = Cells()
         self.words: list[str] = []
         self._vm = vm
         self._stop = stop
@@ -50,9 +62,12 @@ class MainBoard:
         self.virtio_pci: list[VirtioPci] = []
         self.pci: PciBus | None = None
         if pci:
+            from .pci.bus import PciBus  # the transports are loaded when they are used
+
             self.pci = PciBus(self.memory_bus, layout.PCI_ECAM, range(layout.PCI_WINDOW, layout.PCI_WINDOW_END))
         self._msis = MsiRouter(vm)
-        self._doorbells: list[EventDoorbell] = []
+        self._doorbells: list[tuple[EventDoorbell, EventLoop]] = []  # and what listens
+        self._loops: list[EventLoop] = []  # of single devices
 
     def pio(self, base: int, size: int, device: BusDevice) -> None:
         self.ports.add(base, size, device)
@@ -70,6 +85,9 @@ class MainBoard:
         self.memory_bus.add(base, size, device)
         return base
 
+    def cell(self, address: int, size: int, *, mmio: bool = False, sink: Sink | None = None) -> Cell:
+        return self.cells.add(address, size, mmio=mmio, stream=getattr(sink, "stream", None))
+
     def irq(self, gsi: int | None = None) -> IrqLine:
         if gsi is None:
             if not self._free_gsis:
@@ -82,27 +100,44 @@ class MainBoard:
     def msi(self) -> MsiLine:
         return self._msis.line()
 
+    def new_loop(self, name: str) -> EventLoop:
+        loop = self.loop.sibling(f"{name}{len(self._loops)}")
+        self._loops.append(loop)
+        loop.start()
+        return loop
+
     def doorbell(
-        self, address: int | None, size: int, value: int | None, ring: Callable[[], None], owner: BusDevice
+        self,
+        address: int | None,
+        size: int,
+        value: int | None,
+        ring: Callable[[], None],
+        owner: Any,
+        loop: EventLoop | None = None,
     ) -> EventDoorbell:
+        loop = loop or self.loop
         bell = EventDoorbell(self._vm, size, value)
-        self._doorbells.append(bell)
+        self._doorbells.append((bell, loop))
         bell.place(address)
-        self.loop.add(bell.fd, partial(_rung, bell.fd, ring), owner=owner)
+        loop.add(bell.fd, partial(_rung, bell.fd, ring), owner=owner)
         return bell
 
     def virtio(self, device: VirtioDevice) -> None:
         if self.pci is not None:
+            from .virtio.pci import VirtioPci
+
             self.virtio_pci.append(VirtioPci(device, self, self.pci))
             self.modules += [*VirtioPci.modules, *device.modules]
             return
+        from .virtio.mmio import VirtioMmio
+
         gsi = self._edge_gsi()
         self.virtio_mmio.append((VirtioMmio(device, self, self.irq(gsi)), gsi))
         self.modules += [*VirtioMmio.modules, *device.modules]
 
     def virtio_resources(self) -> list[tuple[int, int, int]]:
         """(base, bytes, gsi) of each virtio-mmio device, in the order in which they were attached."""
-        return [(transport.base, SIZE, gsi) for transport, gsi in self.virtio_mmio]
+        return [(transport.base, transport.window, gsi) for transport, gsi in self.virtio_mmio]
 
     def virtio_words(self) -> list[str]:
         """The same for the command line of a kernel that does not use ACPI (CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)."""
@@ -120,18 +155,20 @@ class MainBoard:
 
     def close(self) -> None:
         """Let go of guest memory and of what stands in the host for lines and doorbells."""
+        for loop in self._loops:
+            loop.stop()
         transports: list[VirtioMmio | VirtioPci] = [*self.virtio_pci, *(transport for transport, _ in self.virtio_mmio)]
         for transport in transports:
-            with transport.lock:
+            with transport.core.device.lock:
                 transport.core.reset()
                 transport.core.device.close()
-        for bell in self._doorbells:
-            self.loop.remove(bell.fd)
+        for bell, loop in self._doorbells:
+            loop.remove(bell.fd)
             os.close(bell.fd)
         self._msis.close()
         for line in self._lines.values():
             line.close()
-        self._doorbells, self._lines = [], {}
+        self._doorbells, self._lines, self._loops = [], {}, []
 
     def cmdline(self, *words: str) -> None:
         self.words += words

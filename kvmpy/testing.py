@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .core.board import Board, Stop
 from .core.bus import Bus, BusDevice
+from .core.cell import Cell
 from .core.events import READ, EventLoop
 from .core.memory import GuestMemory, Region
+from .core.sink import Sink
 from .pci import msix
 from .pci.bus import PciBus
 from .pci.config import COMMAND, Header
@@ -159,8 +161,9 @@ class FakeBoard:
     """A Board with `size` bytes of RAM from address 0 on, which records what devices do to it.
 
     `ports` and `memory_bus` are real buses: access a device through them as a guest would. `lines` are the
-    IrqRecorders by GSI, `messages` and `doorbells` all that were made; `stops`, `words` and `logs` what was asked of
-    stop(), cmdline() and log(); `steps` the loop. Virtio devices get the `transport` "mmio" or "pci".
+    IrqRecorders by GSI, `messages` and `doorbells` all that were made, `cells` those by address; `stops`, `words` and
+    `logs` what was asked of stop(), cmdline() and log(); `steps` the loop. Virtio devices get the `transport` "mmio"
+    or "pci".
     """
 
     def __init__(self, size: int = 1 << 20, transport: str = "mmio") -> None:
@@ -177,6 +180,7 @@ class FakeBoard:
         self.transports: list[Any] = []  # VirtioMmio or VirtioPci
         self.messages: list[MessageRecorder] = []
         self.doorbells: list[DoorbellRecorder] = []
+        self.cells: dict[int, Cell] = {}
         self._next_mmio = MMIO_BASE
         self._next_gsi = FREE_GSIS
 
@@ -190,6 +194,10 @@ class FakeBoard:
         self.memory_bus.add(base, size, device)
         return base
 
+    def cell(self, address: int, size: int, *, mmio: bool = False, sink: Sink | None = None) -> Cell:
+        self.cells[address] = Cell()
+        return self.cells[address]
+
     def irq(self, gsi: int | None = None) -> IrqRecorder:
         if gsi is None:
             gsi = self._next_gsi
@@ -200,8 +208,17 @@ class FakeBoard:
         self.messages.append(MessageRecorder())
         return self.messages[-1]
 
+    def new_loop(self, name: str) -> EventLoop:
+        return self.loop
+
     def doorbell(
-        self, address: int | None, size: int, value: int | None, ring: Callable[[], None], owner: BusDevice
+        self,
+        address: int | None,
+        size: int,
+        value: int | None,
+        ring: Callable[[], None],
+        owner: Any,
+        loop: EventLoop | None = None,
     ) -> DoorbellRecorder:
         self.doorbells.append(DoorbellRecorder(address))
         return self.doorbells[-1]

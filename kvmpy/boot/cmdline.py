@@ -14,6 +14,11 @@ OLD_LIMIT = 255  # before boot protocol 2.06 (Documentation/arch/x86/boot.rst, c
 NO_PCI = "pci=off"  # there is no bus
 PCI = "pci=noearly"  # there is one, which is found later: ACPI tells where its memory-mapped configuration is
 
+# Values of pci= that leave Linux without this machine's bus, or its functions without interrupts: they have messages,
+# no pins (arch/x86/pci/common.c, pcibios_setup; drivers/pci/pci.c, pci_setup).
+PCI_OFF = {"off", "noacpi", "nommconf", "conf1", "conf2", "nomsi"}
+NO_LOCAL_APIC = ("nolapic", "disableapic")
+
 # What a guest of this machine is told unless --cmdline replaces it (Documentation/admin-guide/kernel-parameters).
 DEFAULT = (
     "console=ttyS0,115200",  # the only console; time-outs of the tty layer grow with 1/baud, and 9600 is the default
@@ -41,9 +46,26 @@ def compose(base: str | None, appends: Sequence[str] = (), extra: Sequence[str] 
     return line
 
 
+def acpi_is_off(line: str) -> bool:
+    """Whether the words of `line` tell Linux not to use ACPI."""
+    said = [word for word in _kernel_words(line) if word in ("acpi=off", "acpi=on", "acpi=force")]
+    return said[-1:] == ["acpi=off"]
+
+
+def pci_is_off(line: str) -> str:
+    """The word of `line` for which Linux can use no function of this machine's PCI bus; "" when there is none."""
+    if acpi_is_off(line):
+        return "acpi=off"
+    for word in _kernel_words(line):
+        name, _, value = word.partition("=")
+        if word in NO_LOCAL_APIC or (name == "pci" and PCI_OFF & set(value.split(","))):
+            return word
+    return ""
+
+
 def root_modules(line: str) -> list[str]:
     """The driver of the file system that root= is on: rootfstype= names it, ext4 is the usual one."""
-    words = line.split()
+    words = _kernel_words(line)
     if not any(word.startswith("root=") for word in words):
         return []
     types = [word.removeprefix("rootfstype=") for word in words if word.startswith("rootfstype=")]
@@ -71,3 +93,9 @@ def _bytes(line: str) -> bytes:
     except UnicodeEncodeError as error:
         bad = line[error.start]
         raise ConfigError(f"the command line has {bad!r}, which is no character", "give it as UTF-8") from None
+
+
+def _kernel_words(line: str) -> list[str]:
+    """The words that are for the kernel: those behind `--` are for init."""
+    words = line.split()
+    return words[: words.index("--")] if "--" in words else words

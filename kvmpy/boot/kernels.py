@@ -44,15 +44,20 @@ def find_kernel(root: Path = Path("/")) -> Path:
 
 
 def modules_dir_for(kernel: Path, root: Path = Path("/")) -> Path | None:
-    """The modules folder of `kernel`: beside it, in the tree it was unpacked in, or the host's; None without one."""
+    """The first of `modules_dirs` that is there; None without one."""
+    return next((path for path in modules_dirs(kernel, root) if path.is_dir()), None)
+
+
+def modules_dirs(kernel: Path, root: Path = Path("/")) -> list[Path]:
+    """Where the modules folder of `kernel` may be: beside it, in the tree it was unpacked in, or the host's."""
     version = kernel_version(kernel)
     if not version:
-        return None
+        return []
     kernel = kernel.resolve()
     candidates = [kernel.parent.parent / "lib" / "modules" / version, root / "lib" / "modules" / version]
     if kernel.parent.name == version:
         candidates.insert(0, kernel.parent)
-    return next((path for path in candidates if path.is_dir()), None)
+    return list(dict.fromkeys(candidates))
 
 
 def kernel_version(path: Path) -> str | None:

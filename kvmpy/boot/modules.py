@@ -80,6 +80,16 @@ def load(path: Path) -> bytes:
     return bytes(data)
 
 
+def not_built_in(kernel: bytes, names: Iterable[str]) -> list[str]:
+    """The virtio drivers of `names` that are nowhere in an uncompressed kernel, which has their names as strings."""
+    return [
+        name
+        for name in dict.fromkeys(map(_canonical, names))
+        if name.startswith("virtio")
+        and all(b"\0%b\0" % spelling.encode() not in kernel for spelling in (name, name.replace("_", "-")))
+    ]
+
+
 def _canonical(name: str) -> str:
     return name.replace("-", "_")
 

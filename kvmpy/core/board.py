@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
 from .bus import BusDevice
+from .cell import Cell
 from .events import EventLoop
 from .irq import IrqLine, Message
 from .memory import GuestMemory
+from .record import Record
+from .sink import Sink
 
 
 class Reason(Enum):
@@ -29,8 +31,7 @@ class Reason(Enum):
     ERROR = "kvmpy failed"
 
 
-@dataclass(frozen=True)
-class Stop:
+class Stop(Record, frozen=True):
     """A request to stop the machine; the first one made is the one that counts.
 
     `status` is the number that goes with EXIT (the guest's own status) and SIGNAL (the signal); `cause` is the
@@ -65,18 +66,32 @@ class Board(Protocol):
     def mmio(self, size: int, device: BusDevice, base: int | None = None) -> int:
         """Give `size` bytes of MMIO to `device`, at `base` or wherever there is room; returns where."""
 
+    def cell(self, address: int, size: int, *, mmio: bool = False, sink: Sink | None = None) -> Cell:
+        """Where the device says what it would do at a port or MMIO address, so that it need not be asked.
+
+        A WRITE_STREAM goes to `sink`."""
+
     def irq(self, gsi: int | None = None) -> IrqLine:
         """Interrupt line `gsi`, or one that is free."""
 
     def msi(self) -> Message:
         """A message-signalled interrupt, which goes where `route` says."""
 
+    def new_loop(self, name: str) -> EventLoop:
+        """An event loop with a thread of its own, which runs already: for devices that wait for the host for long."""
+
     def doorbell(
-        self, address: int | None, size: int, value: int | None, ring: Callable[[], None], owner: BusDevice
+        self,
+        address: int | None,
+        size: int,
+        value: int | None,
+        ring: Callable[[], None],
+        owner: Any,
+        loop: EventLoop | None = None,
     ) -> Doorbell:
-        """Run `ring` on the event loop, with the owner's lock held, when the guest writes `value` (None: anything) at
-        the MMIO `address` (None: nowhere yet) with `size` bytes (0: any number); the write itself may or may not be
-        seen by the device that has the address."""
+        """Run `ring` on `loop`, the board's by default, with the owner's lock, when the guest writes `value` (None:
+        anything) at the MMIO `address` (None: nowhere yet) with `size` bytes (0: any number); the write itself may or
+        may not be seen by the device that has the address."""
 
     def virtio(self, device: Any) -> None:
         """Give a VirtioDevice its transport."""

@@ -73,6 +73,10 @@ class EventLoop:
         """Seconds on the clock by which `after` counts."""
         return time.monotonic()
 
+    def sibling(self, name: str) -> EventLoop:
+        """A loop with a thread of its own, not started yet, whose failures are told to the same."""
+        return EventLoop(name, self._failed)
+
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name=f"kvmpy-{self.name}", daemon=True)
         self._thread.start()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from ..core.buffers import pieces
+from ..core.buffers import pieces, total
 from ..core.errors import HostError
 from .disk import Image, Raw
 
@@ -29,12 +29,12 @@ class Overlay:
         self._file = Raw(_temporary(base.size), cache="unsafe")
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        for at, length, changed in self._runs(offset, _total(buffers)):
+        for at, length, changed in self._runs(offset, total(buffers)):
             source: Image = self._file if changed else self._base
             source.readv(at, pieces(buffers, at - offset, length))
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        clusters = self._prepare(offset, _total(buffers))
+        clusters = self._prepare(offset, total(buffers))
         self._file.writev(offset, buffers)
         self._mark(clusters)
 
@@ -101,7 +101,3 @@ def _temporary(size: int) -> int:
     except OSError as error:
         what = f"no temporary file of {size} bytes for a disk with snapshot: {error.strerror}"
         raise HostError(what, "set TMPDIR to a folder with room") from None
-
-
-def _total(buffers: Sequence[memoryview]) -> int:
-    return sum(map(len, buffers))

@@ -18,9 +18,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
+from ..core.buffers import ZEROES, Cursor, fill_zeroes, total
 from ..core.errors import HostError, ImageError, NotFoundError
 from . import qcow2_format
-from .image_file import ZEROS, Cursor, ImageFile, fill_zeros, total
+from .image_file import ImageFile
 from .qcow2_compression import BadData, decompressor
 from .qcow2_format import ENTRY, INCOMPATIBLE, REPAIR, SECTOR, Header
 from .qcow2_refcounts import Refcounts
@@ -72,6 +73,7 @@ class Qcow2:
         self.path = path
         self.read_only = read_only
         self._backing: Backing | None = None
+        self._closed = False
         self._file = ImageFile(path, read_only=read_only, unsafe=unsafe)
         try:
             self._open(qcow2_format.read_header(self._file), backing, (*_before, self._file.identity))
@@ -105,7 +107,7 @@ class Qcow2:
         if not self.read_only and header.autoclear_features:
             # None of them is kept true by what is done here: they must go before anything is written.
             self._file.write(qcow2_format.AUTOCLEAR_FEATURES, bytes(8))
-            self._file.sync()
+            self._file.flush()
 
     def _open_for_writing(self, header: Header) -> None:
         for feature, state in ((INCOMPATIBLE.CORRUPT, "damaged"), (INCOMPATIBLE.DIRTY, "dirty, not closed properly")):
@@ -176,7 +178,7 @@ class Qcow2:
             if kind is Kind.DATA:
                 self._file.readv(at, buffers)
             elif kind is Kind.ZERO:
-                fill_zeros(buffers)
+                fill_zeroes(buffers)
             elif kind is Kind.BACKING:
                 self._read_backing(offset, buffers)
             else:
@@ -194,7 +196,7 @@ class Qcow2:
         cursor = Cursor(buffers)
         if inside:
             self._backing.readv(offset, cursor.take(inside))
-        fill_zeros(cursor.take(length - inside))
+        fill_zeroes(cursor.take(length - inside))
 
     def _find(self, offset: int, length: int) -> tuple[Kind, int, int]:
         """Where the bytes from `offset` on are: the kind, the place in the file, how many of `length` lie like that.
@@ -461,9 +463,9 @@ class Qcow2:
     def _write_zeros(self, offset: int, length: int) -> None:
         while length > 0:
             kind, _, run = self._find(offset, length)
-            run = min(run, len(ZEROS))
+            run = min(run, len(ZEROES))
             if kind is not Kind.ZERO:
-                self._write(offset, run, Cursor([ZEROS[:run]]))
+                self._write(offset, run, Cursor([ZEROES[:run]]))
             offset += run
             length -= run
 
@@ -475,14 +477,14 @@ class Qcow2:
             return
         self._refcounts.write()
         if self._l2.dirty:
-            self._file.sync()
+            self._file.flush()
             self._l2.write()
         if self._l1_dirty:
-            self._file.sync()
+            self._file.flush()
             for index in sorted(self._l1_dirty):
                 self._file.write(self._l1_offset + 8 * index, self._l1[index].to_bytes(8, "big"))
                 self._l1_dirty.discard(index)
-        self._file.sync()
+        self._file.flush()
         self._refcounts.settle()
         self._refcounts.write()
 
@@ -494,9 +496,10 @@ class Qcow2:
     def close(self) -> None:
         """Flush, then let go of the files, in any case; safe to call twice."""
         try:
-            if self._file.fd >= 0:
+            if not self._closed:
                 self.flush()
         finally:
+            self._closed = True
             self._abandon()
 
     def _abandon(self) -> None:

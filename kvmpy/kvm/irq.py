@@ -28,6 +28,7 @@ class GsiLine:
         self._vm = vm
         self._level = False
         self._edge = -1
+        self._first = threading.Lock()  # a leaf: of devices that share the line, one makes its eventfd
 
     def set(self, level: bool) -> None:
         if level != self._level:
@@ -36,8 +37,11 @@ class GsiLine:
 
     def pulse(self) -> None:
         if self._edge < 0:
-            self._edge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._vm.irqfd(self._edge, self.gsi)
+            with self._first:
+                if self._edge < 0:
+                    edge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                    self._vm.irqfd(edge, self.gsi)
+                    self._edge = edge  # last: from here on others use it
         os.eventfd_write(self._edge, 1)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ APICs goes nowhere.
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Sequence
 
 from ..core.irq import Message
@@ -29,7 +30,7 @@ class CONTROL(Bits):
 
 
 class Msix:
-    """The vectors of one function, one Message each. Every method is called with the function's lock held."""
+    """The vectors of one function, one Message each. Any thread may call any method: they share a lock, a leaf."""
 
     def __init__(self, messages: Sequence[Message]) -> None:
         if not 0 < len(messages) <= MAX_VECTORS:
@@ -37,6 +38,7 @@ class Msix:
         self.messages = messages
         self.table = bytearray(ENTRY.pack(0, 0, MASKED) * len(messages))
         self.pending = 0  # one bit for each vector
+        self._lock = threading.Lock()
         self._live = 0  # the vectors that are unmasked and have a message that can be sent
         self.control = CONTROL.TABLE_SIZE.put(0, len(messages) - 1)
 
@@ -49,39 +51,50 @@ class Msix:
     def enabled(self) -> bool:
         return bool(self.control & CONTROL.ENABLE)
 
-    def signal(self, vector: int) -> None:
-        """Send the message of `vector`, or keep it pending while it is masked; nothing for a vector that is none."""
-        if not self.enabled or vector >= len(self.messages):
-            return
-        if self._live >> vector & 1:
-            self.messages[vector].pulse()
-        elif self._masked(vector):
-            self.pending |= 1 << vector
+    def signal(self, vector: int) -> bool:
+        """Send the message of `vector`, or keep it pending while it is masked; nothing for a vector that is none.
+
+        False: MSI-X is off.
+        """
+        with self._lock:
+            if not self.enabled:
+                return False
+            if self._live >> vector & 1:
+                self.messages[vector].pulse()
+            elif vector < len(self.messages) and self._masked(vector):
+                self.pending |= 1 << vector
+            return True
 
     def write_control(self, value: int) -> None:
         """The guest has written the message control."""
+        with self._lock:
+            self._control(value)
+
+    # The structures in the BAR: aligned double words or quad words (6.8.2).
+
+    def read_table(self, offset: int, size: int) -> int:
+        with self._lock:
+            return int.from_bytes(self.table[offset : offset + size], "little")
+
+    def write_table(self, offset: int, size: int, value: int) -> None:
+        if size not in (4, 8) or offset % size or offset + size > len(self.table):
+            return
+        with self._lock:
+            self.table[offset : offset + size] = value.to_bytes(size, "little")
+            if offset % ENTRY.size + size == ENTRY.size:  # the vector control was part of it
+                self._update(offset // ENTRY.size)
+
+    def read_pending(self, offset: int, size: int) -> int:
+        return self.pending >> 8 * offset & (1 << 8 * size) - 1
+
+    # Inside, with the lock held.
+
+    def _control(self, value: int) -> None:
         self.control = value
         if not self.enabled:
             self.pending = 0
         for vector in range(len(self.messages)):
             self._update(vector)
-
-    # The structures in the BAR: aligned double words or quad words (6.8.2).
-
-    def read_table(self, offset: int, size: int) -> int:
-        return int.from_bytes(self.table[offset : offset + size], "little")
-
-    def write_table(self, offset: int, size: int, value: int) -> None:
-        if size not in (4, 8) or offset % size or offset + size > len(self.table):
-            return
-        self.table[offset : offset + size] = value.to_bytes(size, "little")
-        if offset % ENTRY.size + size == ENTRY.size:  # the vector control was part of it
-            self._update(offset // ENTRY.size)
-
-    def read_pending(self, offset: int, size: int) -> int:
-        return self.pending >> 8 * offset & (1 << 8 * size) - 1
-
-    # Inside.
 
     def _masked(self, vector: int) -> bool:
         _, _, control = ENTRY.unpack_from(self.table, ENTRY.size * vector)
@@ -103,13 +116,15 @@ class Msix:
             self.messages[vector].pulse()
 
     def state(self) -> dict[str, object]:
-        return {"table": self.table.hex(), "pending": self.pending}
+        with self._lock:
+            return {"table": self.table.hex(), "pending": self.pending}
 
     def restore(self, state: dict[str, object], control: int) -> None:
         """Take back what `state` gave; raises ValueError for another number of vectors."""
         table = bytes.fromhex(str(state["table"]))
         if len(table) != len(self.table):
             raise ValueError(f"MSI-X: state has {len(table)} bytes of table, expected {len(self.table)}")
-        self.table[:] = table
-        self.pending = int(str(state["pending"])) & (1 << len(self.messages)) - 1
-        self.write_control(control)
+        with self._lock:
+            self.table[:] = table
+            self.pending = int(str(state["pending"])) & (1 << len(self.messages)) - 1
+            self._control(control)

@@ -105,6 +105,7 @@ class Blk(VirtioDevice):
 
     type_id = Type.BLOCK
     modules = ("virtio_blk",)
+    own_thread = True
 
     def __init__(
         self,
@@ -162,10 +163,10 @@ class Blk(VirtioDevice):
         self.features |= BLK_F.MQ if len(self.queue_sizes) > 1 else 0
         self.space = self._config(image)
         self.config = self.space.buf
-        if self._bandwidth or self._iops:
-            self._limit = RateLimit(board.loop, self, self._resume, bandwidth=self._bandwidth, iops=self._iops)
         try:
             super().attach(board)
+            if self._bandwidth or self._iops:
+                self._limit = RateLimit(self.loop, self, self._resume, bandwidth=self._bandwidth, iops=self._iops)
         except BaseException:
             self.close()
             raise

@@ -18,12 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from ..core.board import Board
+from ..core.events import EventLoop
 from ..core.regs import Device
 from .queue import VirtQueue
 
 
 class VirtioDevice(Device):
-    """Base of all virtio devices. Every method is called with `lock` held, on the event loop or a vCPU's thread."""
+    """Base of all virtio devices. Every method is called with `lock` held, on `loop` or a vCPU's thread."""
 
     type_id: ClassVar[int]
     queue_sizes: Sequence[int] = ()  # the most entries of each queue: powers of two
@@ -31,8 +32,10 @@ class VirtioDevice(Device):
     needs: ClassVar[Mapping[int, int]] = {}  # features that are taken only with one of those others (2.2.1)
     config: bytes | bytearray = b""  # the configuration space, as it reads
     modules: ClassVar[Sequence[str]] = ()  # the driver in the guest, where it is no part of the kernel
+    own_thread: ClassVar[bool] = False  # for devices that wait for the host for long, and would hold up others
 
     board: Board
+    loop: EventLoop  # the board's, or one that serves this device alone
     queues: Sequence[VirtQueue] = ()  # while the driver is up
     _tell_config: Callable[[], None] | None = None
     _serve: Callable[[int], None] | None = None
@@ -40,6 +43,7 @@ class VirtioDevice(Device):
     def attach(self, board: Board) -> None:
         """Put the device on the board, which brings the transport."""
         self.board = board
+        self.loop = board.new_loop(type(self).__name__.lower()) if self.own_thread else board.loop
         board.virtio(self)
 
     def activate(self, features: int, queues: Sequence[VirtQueue]) -> None:

@@ -7,6 +7,8 @@ sense ends in DEVICE_NEEDS_RESET.
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from ..core.board import Board
@@ -25,8 +27,13 @@ NO_REGION = 0xFFFFFFFF  # 4.2.2: the length of a shared memory region that does 
 
 
 class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
-    """The transport of one device: registers at `base`, interrupts as edges on `irq`."""
+    """The transport of one device: registers at `base`, interrupts as edges on `irq`.
 
+    The bus holds no lock: most accesses take the device's here, so that they and its own work exclude each other. What
+    a driver does for each interrupt or kick must not wait for a device that waits for the host; that takes a leaf.
+    """
+
+    window: ClassVar[int] = SIZE  # bytes from `base` on
     modules: ClassVar[tuple[str, ...]] = ("virtio_mmio",)
 
     MagicValue = Reg(0x000, reset=MAGIC, write=0)
@@ -57,15 +64,17 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
     SHMBaseLow = Reg(0x0B8, reset=NO_REGION, write=0)
     SHMBaseHigh = Reg(0x0BC, reset=NO_REGION, write=0)
     ConfigGeneration = Reg(0x0FC, write=0)
+    AT_ONCE = frozenset({QueueNotify.offset, InterruptStatus.offset, InterruptACK.offset})  # whatever the device does
 
     def __init__(self, device: VirtioDevice, board: Board, irq: IrqLine) -> None:
-        self.lock = device.lock  # a register access and the device's own work exclude each other
+        self.lock: Any = nullcontext()
+        self._pending = threading.Lock()  # a leaf: held while InterruptStatus changes
         self.core = VirtioCore(device, board, self._used, self._changed)
         self.DeviceID = int(device.type_id)
         self._irq = irq
         self.base = board.mmio(SIZE, self)
         for index in range(len(device.queue_sizes)):
-            board.doorbell(self.base + QUEUE_NOTIFY, 4, index, self._kick(index), self)
+            board.doorbell(self.base + QUEUE_NOTIFY, 4, index, self._kick(index), device, device.loop)
 
     def _kick(self, index: int) -> Any:
         return lambda: self.core.notify(index)
@@ -73,15 +82,19 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
     # Interrupts.
 
     def _used(self, queue: VirtQueue) -> None:
-        self.InterruptStatus |= INTERRUPT.USED_BUFFER
-        self._irq.pulse()
+        self._add(INTERRUPT.USED_BUFFER)
 
     def _changed(self) -> None:
-        self.InterruptStatus |= INTERRUPT.CONFIGURATION
+        self._add(INTERRUPT.CONFIGURATION)
+
+    def _add(self, interrupt: int) -> None:
+        with self._pending:
+            self.InterruptStatus |= interrupt
         self._irq.pulse()
 
     def write_InterruptACK(self, value: int) -> None:
-        self.InterruptStatus &= ~value
+        with self._pending:
+            self.InterruptStatus &= ~value
 
     # Status and features.
 
@@ -92,7 +105,8 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
         value &= 0xFF  # 2.1: status is a byte
         self.core.write_status(value)
         if value == 0:
-            super().reset()
+            with self._pending:
+                super().reset()
             self.DeviceID = int(self.core.device.type_id)
 
     def read_DeviceFeatures(self) -> int:
@@ -168,24 +182,35 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
         return self.core.generation
 
     def read(self, offset: int, size: int) -> int:
-        if offset >= CONFIG:
-            return self.core.read_config(offset - CONFIG, size)
-        return super().read(offset, size) if size == 4 else 0
+        if offset in self.AT_ONCE:
+            return super().read(offset, size) if size == 4 else 0
+        with self.core.device.lock:
+            if offset >= CONFIG:
+                return self.core.read_config(offset - CONFIG, size)
+            return super().read(offset, size) if size == 4 else 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        if offset >= CONFIG:
-            self.core.write_config(offset - CONFIG, size, value)
-        elif size == 4:
-            super().write(offset, size, value)
+        if offset in self.AT_ONCE:
+            if size == 4:
+                super().write(offset, size, value)
+            return
+        with self.core.device.lock:
+            if offset >= CONFIG:
+                self.core.write_config(offset - CONFIG, size, value)
+            elif size == 4:
+                super().write(offset, size, value)
 
     # State.
 
     def reset(self) -> None:
-        self.write_Status(0)
+        with self.core.device.lock:
+            self.write_Status(0)
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"core": self.core.state()}
+        with self.core.device.lock:
+            return super().state() | {"core": self.core.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
-        self.core.restore(state["core"])
+        with self.core.device.lock:
+            super().restore(state)
+            self.core.restore(state["core"])

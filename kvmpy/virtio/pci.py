@@ -9,6 +9,8 @@ window of its bus, and what makes no sense ends in DEVICE_NEEDS_RESET.
 from __future__ import annotations
 
 import struct
+import threading
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -48,6 +50,9 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
     """The transport of one device: the structures in its BAR, `config` with the capabilities, `msix` for interrupts.
 
     Vector numbers are the driver's choice; there is one for each queue and one for the configuration.
+
+    The bus holds no lock: accesses to the BAR take the device's here where they and its own work have to exclude each
+    other. Kicks, the ISR status and the vectors must not wait for a device that waits for the host.
     """
 
     modules: ClassVar[tuple[str, ...]] = ("virtio_pci",)
@@ -76,7 +81,8 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
     isr_status = Reg(ISR, width=1, write=0, rc=INTERRUPT.USED_BUFFER | INTERRUPT.CONFIGURATION, bits=INTERRUPT)
 
     def __init__(self, device: VirtioDevice, board: Board, bus: PciBus) -> None:
-        self.lock = device.lock  # a register access and the device's own work exclude each other
+        self.lock: Any = nullcontext()
+        self._pending = threading.Lock()  # a leaf: held while isr_status changes
         self.core = VirtioCore(device, board, self._used, self._changed)
         queues = len(device.queue_sizes)
         self.vectors = [NO_VECTOR] * queues  # of each queue
@@ -85,13 +91,15 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
         self._board = board
         self._bus = bus
         self._widths = {reg.offset: reg.width for reg in self.REGISTERS.values()}
-        self._bells = [board.doorbell(None, 0, None, partial(self.core.notify, n), self) for n in range(queues)]
+        self._bells = [
+            board.doorbell(None, 0, None, partial(self.core.notify, n), device, device.loop) for n in range(queues)
+        ]
         self._describe(device)
         bus.add(self.config)
 
     def _describe(self, device: VirtioDevice) -> None:
         """Fill in the configuration space (4.1.2, 4.1.4)."""
-        self.config = ConfigSpace(self.lock)
+        self.config = ConfigSpace(threading.Lock())
         header = self.config.header
         header.vendor_id = header.subsystem_vendor_id = VENDOR_ID
         header.device_id = header.subsystem_id = DEVICE_ID + device.type_id
@@ -164,13 +172,13 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
     # Interrupts.
 
     def _used(self, queue: VirtQueue) -> None:
-        if self.msix.enabled:
-            self.msix.signal(self.vectors[queue.index])
-        else:
-            self.isr_status |= INTERRUPT.USED_BUFFER  # 4.1.4.5.1, for those who poll
+        if not self.msix.signal(self.vectors[queue.index]):
+            with self._pending:
+                self.isr_status |= INTERRUPT.USED_BUFFER  # 4.1.4.5.1, for those who poll
 
     def _changed(self) -> None:
-        self.isr_status |= INTERRUPT.CONFIGURATION
+        with self._pending:
+            self.isr_status |= INTERRUPT.CONFIGURATION
         self.msix.signal(self.config_msix_vector)
 
     def write_config_msix_vector(self, value: int) -> None:
@@ -196,7 +204,8 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
     def write_device_status(self, value: int) -> None:
         self.core.write_status(value)
         if value == 0:
-            super().reset()
+            with self._pending:
+                super().reset()
             self.vectors = [NO_VECTOR] * len(self.vectors)
 
     def read_device_feature(self) -> int:
@@ -294,13 +303,17 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
 
     def read(self, offset: int, size: int) -> int:
         page, within = offset & ~(PAGE - 1), offset & PAGE - 1
-        if page == CONFIG:
-            return self.core.read_config(within, size)
         if page == TABLE:
             return self.msix.read_table(within, size)
         if page == PBA:
             return self.msix.read_pending(within, size)
-        return super().read(offset, 1) if self._widths.get(offset) == size else 0
+        if page == CONFIG:
+            with self.core.device.lock:
+                return self.core.read_config(within, size)
+        if self._widths.get(offset) != size:
+            return 0
+        with self._pending if page == ISR else self.core.device.lock:
+            return super().read(offset, 1)
 
     def write(self, offset: int, size: int, value: int) -> None:
         page, within = offset & ~(PAGE - 1), offset & PAGE - 1
@@ -309,23 +322,31 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
             index, rest = divmod(within, NOTIFY_MULTIPLIER)
             if rest == 0 and index < len(self.core.queues):
                 self.core.kick(index)
-        elif page == CONFIG:
-            self.core.write_config(within, size, value)
         elif page == TABLE:
             self.msix.write_table(within, size, value)
+        elif page == CONFIG:
+            with self.core.device.lock:
+                self.core.write_config(within, size, value)
         elif self._widths.get(offset) == size:
-            super().write(offset, 1, value)
+            with self.core.device.lock:
+                super().write(offset, 1, value)
 
     # State.
 
     def reset(self) -> None:
-        self.write_device_status(0)
+        with self.core.device.lock:
+            self.write_device_status(0)
 
     def state(self) -> dict[str, Any]:
-        own = {"vectors": self.vectors, "config": self.config.data.hex(), "msix": self.msix.state()}
-        return super().state() | own | {"core": self.core.state()}
+        with self.config.lock, self.core.device.lock:
+            own = {"vectors": self.vectors, "config": self.config.data.hex(), "msix": self.msix.state()}
+            return super().state() | own | {"core": self.core.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
+        with self.config.lock, self.core.device.lock:
+            self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         config, vectors = bytes.fromhex(state["config"]), [self._vector(int(vector)) for vector in state["vectors"]]
         if len(config) != len(self.config.data) or len(vectors) != len(self.vectors):

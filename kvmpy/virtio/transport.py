@@ -22,7 +22,7 @@ STEPS = (  # 3.1.1: each status bit, and the one that comes before it
 class VirtioCore:
     """One device and its driver's progress. `used(queue)` and `changed()` are the transport's interrupts.
 
-    Every method is called with the device's lock held.
+    Every method but `kick` is called with the device's lock held.
     """
 
     def __init__(
@@ -125,10 +125,14 @@ class VirtioCore:
         return None
 
     def kick(self, index: int) -> None:
-        """Have queue `index` served on the event loop, once however often it is kicked until then."""
+        """Have queue `index` served on the event loop, once however often it is kicked until then.
+
+        Any thread may call it without a lock: two at once may have it served twice, never not at all, since it leaves
+        the set before it is served.
+        """
         if index not in self._kicked:
             self._kicked.add(index)
-            self._board.loop.call_soon(lambda: self._serve(index), owner=self.device)
+            self.device.loop.call_soon(lambda: self._serve(index), owner=self.device)
 
     def _serve(self, index: int) -> None:
         self._kicked.discard(index)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import struct
 
-import pytest
-from rig import ASK, BINARIES, END, LOAD, MMIO, REPORT, Access, Rig, Shifted
+from rig import ASK, END, MMIO, REPORT, Access, Rig, Shifted
 
 from kvmpy.core.board import Reason, Stop
 from kvmpy.core.bus import Bus
@@ -87,7 +86,7 @@ def test_string_input_fills_memory_exactly(vm: Rig) -> None:
 def test_string_input_comes_in_batches(vm: Rig) -> None:
     vm.run("string_io")
 
-    counts = [count for reason, is_out, _, _, count, _ in vm.thread.recent if reason == exits.EXIT_IO and not is_out]
+    counts = [exit.elements for exit in vm.thread.recent() if exit.reason == exits.EXIT_IO and not exit.is_write]
     assert max(counts) > 1
 
 
@@ -156,35 +155,3 @@ def test_entry_in_long_mode(vm: Rig) -> None:
 def test_a_guest_can_climb_from_real_to_long_mode(vm: Rig) -> None:
     assert vm.run("modes") == DONE
     assert vm.reports == [16, 32, 64]
-
-
-def set_bench_parameters(vm: Rig, image: int, *, ports: int, mmio: int) -> None:
-    vm.mem.write(image + 4, struct.pack("<IIIH", ports, mmio, MMIO + 0x40, 0x123))
-
-
-def test_bench_guest_counts_its_reads(vm: Rig) -> None:
-    vm.load("bench_exits")
-    set_bench_parameters(vm, LOAD, ports=300, mmio=200)
-
-    assert vm.run() == DONE
-    assert vm.board.log == [Access("read", 0x123, 1, 0)] * 300
-    assert vm.devices.log == [Access("read", MMIO + 0x40, 4, 0)] * 200
-
-
-@pytest.mark.parametrize("base", [0xF0000, 0xFFFF0000], ids=["below 1 MiB", "below 4 GiB"])
-def test_bench_guest_is_a_rom_at_the_reset_vector(vm: Rig, base: int) -> None:
-    rom = 0xF0000  # QEMU shows a 64 KiB ROM at both places
-    vm.mem.write(rom, (BINARIES / "bench_exits.bin").read_bytes())
-    vm.vm.set_memory(1, 0xFFFF0000, vm.mem.window(rom, 0x10000))
-    set_bench_parameters(vm, rom, ports=3, mmio=2)
-    vcpu = vm.add_vcpu()
-    sregs, regs = vcpu.sregs(), vcpu.regs()
-    longmode.real_mode(sregs)
-    sregs.cs.selector, sregs.cs.base = 0xF000, base
-    regs.rip = 0xFFF0
-    vcpu.set_sregs(sregs)
-    vcpu.set_regs(regs)
-
-    assert vm.run() == DONE
-    assert vm.board.log == [Access("read", 0x123, 1, 0)] * 3
-    assert vm.devices.log == [Access("read", MMIO + 0x40, 4, 0)] * 2

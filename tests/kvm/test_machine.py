@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -20,6 +21,7 @@ import pytest
 
 import kvmpy
 from kvmpy import Reason
+from kvmpy.core.errors import NotFoundError
 from kvmpy.x86 import layout
 
 SECONDS = 30.0
@@ -336,3 +338,79 @@ def read_until(master: int, wanted: bytes) -> bytes:
         assert ready, f"no {wanted!r} in {shown!r}"
         shown += os.read(master, 4096)
     return shown
+
+
+# What keeps Linux from its virtio devices. The kernel is an ELF file that halts: nothing of it has to run.
+
+
+@pytest.fixture
+def linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], Path]:
+    """A kernel with `text` in it, for a host that could run it."""
+    monkeypatch.setattr("kvmpy.machine.runs_ring0_natively", lambda kvm: True)
+    monkeypatch.setattr("kvmpy.core.log.log._logger", None)  # it holds on to the standard error of an earlier test
+
+    def make(text: bytes = b"") -> Path:
+        content = HALT + b"\0" + text
+        ident = b"\x7fELF\2\1\1".ljust(16, b"\0")
+        header = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, 62, 1, 1 << 20, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+        program = struct.pack("<IIQQQQQQ", 1, 7, 120, 1 << 20, 1 << 20, len(content), len(content), 4)
+        (tmp_path / "vmlinux").write_bytes(header + program + content)
+        return tmp_path / "vmlinux"
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{"append": "acpi=off"}, {"cmdline": "console=ttyS0 pci=off"}])
+def test_a_command_line_without_pci(linux: Callable[..., Path], options: dict[str, str]) -> None:
+    machine = kvmpy.Machine(kernel=linux(), transport="pci", devices=["virtio-rng"], **options)
+
+    word = "acpi=off|pci=off"
+    with pytest.raises(
+        kvmpy.ConfigError, match=rf"with ({word}) on its .*; leave ({word}) out, or use --transport mmio"
+    ):
+        machine.start()
+
+
+@pytest.mark.parametrize(
+    "options", [{"transport": "mmio", "append": "pci=off"}, {"transport": "pci", "append": "pci=off", "devices": []}]
+)
+def test_a_command_line_without_pci_that_does_no_harm(linux: Callable[..., Path], options: dict[str, str]) -> None:
+    with kvmpy.Machine(kernel=linux(), **{"devices": ["virtio-rng"], **options}) as machine:
+        assert machine.cmdline.endswith("pci=off")
+
+
+@pytest.mark.parametrize(
+    ("text", "transport", "missing"),
+    [
+        (b"", "mmio", "virtio_mmio, virtio_rng"),
+        (b"\0virtio-mmio\0", "mmio", "virtio_rng"),
+        (b"\0virtio_rng\0", "pci", "virtio_pci"),
+    ],
+)
+def test_drivers_that_are_nowhere(
+    linux: Callable[[bytes], Path], capsys: pytest.CaptureFixture[str], text: bytes, transport: str, missing: str
+) -> None:
+    with kvmpy.Machine(kernel=linux(text), transport=transport, devices=["virtio-rng"]):
+        pass
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"vmlinux has no {missing} built in, and it tells no version to find modules by; give the folder" in line
+    assert "--modules-dir" in line
+
+
+@pytest.mark.parametrize("options", [{}, {"initrd": []}])
+def test_drivers_that_nobody_misses(
+    linux: Callable[[bytes], Path], capsys: pytest.CaptureFixture[str], options: dict[str, list[str]]
+) -> None:
+    text = b"" if options else b"\0virtio-mmio\0virtio_rng\0"
+    with kvmpy.Machine(kernel=linux(text), devices=["virtio-rng"], **options):
+        pass
+
+    assert capsys.readouterr().err == ""
+
+
+def test_modules_where_the_user_says(linux: Callable[[bytes], Path], tmp_path: Path) -> None:
+    machine = kvmpy.Machine(kernel=linux(b""), devices=["virtio-rng"], modules_dir=tmp_path / "none")
+
+    with pytest.raises(NotFoundError, match=rf"no modules folder {tmp_path}/none"):
+        machine.start()

@@ -31,6 +31,18 @@ class Probe(VirtioDevice):
         self.told.append("reset")
 
 
+class Turnstile:
+    """A lock that counts how often it is taken."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __enter__(self) -> None:
+        self.taken += 1
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 class Echo(VirtioDevice):
     """Writes back what it reads; while `busy` it leaves everything where it is."""
 

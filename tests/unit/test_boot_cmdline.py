@@ -67,3 +67,27 @@ def test_the_limit_counts_bytes_without_the_nul() -> None:
 )
 def test_driver_of_the_root_file_system(line: str, modules: list[str]) -> None:
     assert cmdline.root_modules(line) == modules
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("console=ttyS0 pci=noearly", ""),
+        ("pci=off", "pci=off"),
+        ("quiet pci=realloc,nomsi ro", "pci=realloc,nomsi"),
+        ("pci=nommconf", "pci=nommconf"),
+        ("acpi=off", "acpi=off"),
+        ("acpi=off acpi=on", ""),
+        ("disableapic", "disableapic"),
+        ("quiet -- pci=off acpi=off", ""),
+        ("spci=off pci=offset", ""),
+    ],
+)
+def test_words_that_leave_linux_without_pci(line: str, word: str) -> None:
+    assert cmdline.pci_is_off(line) == word
+
+
+def test_words_for_init_tell_the_kernel_nothing() -> None:
+    assert cmdline.acpi_is_off("quiet acpi=off")
+    assert not cmdline.acpi_is_off("quiet -- acpi=off")
+    assert cmdline.root_modules("quiet -- root=/dev/vda") == []

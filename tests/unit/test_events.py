@@ -116,3 +116,15 @@ def test_stop_twice_and_remove_afterwards_are_harmless(loop: EventLoop) -> None:
 
     os.close(reader)
     os.close(writer)
+
+
+def test_failures_of_a_sibling_are_told_to_the_same(loop: EventLoop, failures: list[BaseException]) -> None:
+    def fail() -> None:
+        raise RuntimeError("on another thread")
+
+    sibling = loop.sibling("other")
+    sibling.call_soon(fail)
+    sibling.start()
+    sibling.stop()
+
+    assert [str(error) for error in failures] == ["on another thread"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -54,6 +56,33 @@ def test_edges_go_through_one_irqfd() -> None:
     four.close()
 
     assert (gsi, edges, wires.told) == (4, 2, [])
+
+
+class SlowWires(Wires):
+    """KVM_IRQFD takes so long that the other of two devices gets there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = threading.Barrier(2)
+
+    def irqfd(self, fd: int, gsi: int) -> None:
+        super().irqfd(fd, gsi)
+        with suppress(threading.BrokenBarrierError):
+            self.both.wait(0.2)
+
+
+def test_devices_that_share_a_line_share_its_irqfd() -> None:
+    wires = SlowWires()
+    four = line(wires, 4)
+    other = threading.Thread(target=four.pulse)
+
+    other.start()
+    four.pulse()
+    other.join()
+    edges = os.eventfd_read(wires.edges[0][0])
+    four.close()
+
+    assert (len(wires.edges), edges) == (1, 2)
 
 
 def router(wires: Any) -> MsiRouter:

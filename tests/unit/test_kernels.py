@@ -151,6 +151,7 @@ def test_a_file_that_tells_no_version_has_no_modules(root: Path, content: bytes)
     (root / "vmlinux").write_bytes(content)
 
     assert kernels.modules_dir_for(root / "vmlinux", root) is None
+    assert kernels.modules_dirs(root / "vmlinux", root) == []
 
 
 @pytest.mark.parametrize("content", [bzimage(kernel_version=0xFFFF), bzimage(header=0), bzimage()[:0x210]])

@@ -196,3 +196,11 @@ def test_a_module_that_unpacks_to_more_than_any(tmp_path: Path, name: str, monke
 def test_a_module_that_modules_dep_names_but_is_gone(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"gone\.ko"):
         modules.load(tmp_path / "gone.ko")
+
+
+def test_drivers_that_a_kernel_does_not_have() -> None:
+    kernel = b"\x7fELF\0virtio-mmio\0virtio_blk_probe\0virtio_net\0"
+
+    missing = modules.not_built_in(kernel, ["virtio_mmio", "virtio_blk", "virtio_net", "virtio-rng", "virtio_rng"])
+
+    assert missing == ["virtio_blk", "virtio_rng"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -246,3 +247,18 @@ def test_memory_that_the_host_keeps(driver: RingDriver, board: FakeBoard, monkey
 
     assert (answer, driver.needs_reset) == (b"", False)
     assert board.logs == [("memory stays with the guest", {"why": "locked"})]
+
+
+def test_a_target_from_the_start(board: FakeBoard) -> None:
+    device = Balloon(target="2M")
+
+    device.attach(board)
+
+    assert struct.unpack("<II", device.config) == ((2 << 20) // PAGE, 0)
+
+
+def test_a_target_from_the_start_that_cannot_be(board: FakeBoard) -> None:
+    with pytest.raises(ConfigError, match="a balloon of 8 MiB does not fit; the guest has 4 MiB"):
+        Balloon(target="8M").attach(board)
+    with pytest.raises(ConfigError, match='invalid size "much"'):
+        Balloon(target="much")

@@ -231,6 +231,7 @@ def test_no_port_left(device: VirtioConsole) -> None:
 
 
 def test_bytes_of_a_named_port(many: VirtioConsole, multi: RingDriver, owner: Owner) -> None:
+    say(multi, 1, PORT_OPEN, 1)
     multi.request(TX1, [b"from the agent"])
     taken = many.ports[1].write(b"to the agent")
     multi.board.steps.turn()
@@ -259,6 +260,7 @@ def test_largest_number_of_ports(board: FakeBoard) -> None:
     driver = RingDriver(board)
     driver.start(F.VERSION_1 | CONSOLE_F.MULTIPORT, [4] * len(device.queue_sizes))
 
+    say(driver, last.number, PORT_OPEN, 1)
     last.write(b"x")
 
     assert driver.request(last.receive_queue, writable=[4]) == b"x"

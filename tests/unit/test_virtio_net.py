@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import struct
+import time
 from collections.abc import Callable
 from itertools import dropwhile, pairwise
 from pathlib import Path
@@ -12,10 +14,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nics import FRAME, MAC, MERGE, PLAIN, Rig, TapNet, header
+from nics import FRAME, MAC, MERGE, PLAIN, Rig, TapNet, Wire, header
 
-from kvmpy.core.errors import ConfigError, HostError
-from kvmpy.testing import FakeBoard
+from kvmpy.core.errors import ConfigError, HostError, NotFoundError
+from kvmpy.core.events import WRITE, EventLoop
+from kvmpy.testing import FakeBoard, RingDriver
 from kvmpy.virtio.net import NET_F, RX, TX, Net, parse_mac
 from kvmpy.virtio.spec import INTERRUPT
 
@@ -117,6 +120,183 @@ def test_frame_waits_for_more_buffers(rig: Rig) -> None:
 
     assert few == []
     assert b"".join(rig.received()) == header(4) + FRAME * 5
+
+
+# Limits.
+
+
+def test_limits_of_each_direction(plugged: Callable[..., Rig]) -> None:
+    """A tenth of a second's worth and one on credit, then so many a second."""
+    rig = plugged(rx_ops=100, tx_ops=200)
+    rig.start()
+    rig.offer(*[100] * 100)
+    rig.wire.send(*[FRAME] * 100)
+    for _ in range(100):
+        rig.driver.submit(TX, [PLAIN + FRAME])
+    rig.driver.kick(TX)
+    counts = []
+
+    for _ in range(3):
+        rig.turn()
+        counts.append((len(rig.received()), len(rig.wire.frames())))
+        rig.steps.advance(0.1)
+
+    assert counts == [(11, 21), (10, 20), (10, 20)]
+
+
+def test_bytes_per_second(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(tx_bandwidth="10K")
+    rig.start()
+    for _ in range(100):
+        rig.driver.submit(TX, [PLAIN, bytes(1024)])
+    rig.driver.kick(TX)
+    first = len(rig.wire.frames())
+
+    for _ in range(200):
+        rig.steps.advance(0.01)
+        rig.steps.turn()
+
+    assert first == 2
+    assert len(rig.wire.frames()) == pytest.approx(20, abs=1)
+
+
+def test_burst(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(rx_ops=10, burst=5)
+    rig.start()
+    rig.offer(*[100] * 100)
+    rig.wire.send(*[FRAME] * 100)
+
+    rig.turn()
+
+    assert len(rig.received()) == 51
+
+
+def test_throttled_device_does_nothing_meanwhile(plugged: Callable[..., Rig]) -> None:
+    """Hostile: row 45. Neither the frames that wait with the host nor those in the ring wake the loop."""
+    rig = plugged(rx_ops=1, tx_ops=1)
+    rig.start()
+    rig.offer(*[100] * 4)
+    rig.wire.send(*[FRAME] * 4)
+    rig.turn()
+    for _ in range(4):
+        rig.send(PLAIN + FRAME)
+
+    rig.turn()
+
+    assert rig.waits_for == 0
+    assert rig.steps._queue == []
+    assert len(rig.steps._due) == 2
+
+
+def test_throttled_device_leaves_the_processor_alone(tmp_path: Path) -> None:
+    """Hostile: row 45, on the real loop: less than 2 % of a processor while both sides want more."""
+    failures: list[BaseException] = []
+    wire, board, loop = Wire(tmp_path / "wire"), FakeBoard(8 << 20), EventLoop("io", failures.append)
+    board.loop = loop
+    net = Net("socket", path=tmp_path / "wire", rx_ops=10, tx_ops=10)
+    net.attach(board)
+    loop.start()
+    assert loop._thread is not None
+    assert loop._thread.ident is not None
+    clock = time.pthread_getcpuclockid(loop._thread.ident)
+    driver = RingDriver(board)
+    driver.start(MERGE)
+    for _ in range(200):
+        driver.submit(RX, writable=[2000])
+        driver.submit(TX, [PLAIN + FRAME])
+    wire.send(*[bytes(1500)] * 150)  # more than is read ahead
+    driver.kick(RX)
+    driver.kick(TX)
+    time.sleep(0.2)  # the first batch has gone
+
+    begin = time.clock_gettime(clock)
+    time.sleep(1)
+    busy = time.clock_gettime(clock) - begin
+    loop.stop()
+    counts = (len(driver.used(RX)), len(wire.frames()))
+    net.close()
+    wire.close()
+
+    assert busy < 0.02
+    assert counts == (pytest.approx(13, abs=3), pytest.approx(13, abs=3))
+    assert failures == []
+
+
+def test_limit_and_no_buffers(plugged: Callable[..., Rig]) -> None:
+    """Hostile: row 44. Throttled and out of buffers, in any order: all frames arrive."""
+    rig = plugged(rx_ops=1)
+    rig.start()
+    rig.wire.send(*[FRAME] * 6)
+    found = []
+
+    rig.offer(100)  # the limit has room, the ring then is empty
+    rig.turn()
+    rig.steps.advance(5)  # the timer finds no buffer
+    rig.offer(100, 100)  # buffers come while there is a limit to wait for
+    found.append(len(rig.received()))
+    for _ in range(6):
+        rig.steps.advance(1)
+        rig.turn()
+        rig.offer(100)
+    found.append(len(rig.received()))
+
+    assert found == [3, 3]
+
+
+def test_rest_of_a_frame_is_sent_under_a_limit(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(tx_bandwidth="1K")
+    rig.start()
+    rig.wire.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    rig.net.backend._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # type: ignore[union-attr]
+    rig.send(PLAIN, bytes(60_000))
+    waited = rig.waits_for
+
+    found = []
+    for _ in range(60):
+        found += rig.wire.frames()
+        rig.turn()
+
+    assert (waited, found) == (WRITE, [bytes(60_000)])
+    assert rig.net._limits[TX].waiting
+    assert rig.waits_for == 0
+
+
+def test_frames_that_are_dropped_cost_no_bytes(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(tx_bandwidth="1K")
+    rig.start()
+
+    rig.send(PLAIN, bytes(1 << 20))
+
+    assert not rig.net._limits[TX].waiting
+
+
+def test_other_end_goes_while_throttled(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(rx_ops=1)
+    rig.start()
+    rig.offer(*[100] * 9)
+    rig.wire.send(*[FRAME] * 9)
+    rig.turn()
+    rig.wire.peer.close()
+
+    rig.turn()
+
+    assert rig.driver.config(6, 2) == 0
+    assert rig.steps.watched == {}
+
+
+def test_limit_outlives_a_reset(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(tx_ops=1)
+    rig.start()
+    for _ in range(3):
+        rig.send(PLAIN + FRAME)
+
+    rig.start()
+    rig.send(PLAIN + FRAME)
+    early = len(rig.wire.frames())
+    rig.steps.advance(1)
+    rig.steps.turn()
+
+    assert (early, len(rig.wire.frames())) == (2, 1)
 
 
 # Hostile drivers.
@@ -229,6 +409,58 @@ def test_plugged_into_nothing(tmp_path: Path) -> None:
     rig.net.close()
 
 
+def test_cable_is_pulled_out_and_put_in_again(rig: Rig) -> None:
+    """What the guest sends meanwhile is lost, what the host sends waits, and nothing is watched."""
+    rig.offer(100, 100)
+    with rig.net.lock:
+        rig.net.set_link(False)
+    out = (rig.driver.config(6, 2), rig.driver.interrupts() & INTERRUPT.CONFIGURATION, dict(rig.steps.watched))
+    head = rig.send(PLAIN + b"lost" * 15)
+    rig.wire.send(FRAME)
+    rig.turn()
+    meanwhile = (rig.driver.used(TX), rig.received(), rig.wire.frames())
+
+    with rig.net.lock:
+        rig.net.set_link(True)
+    rig.turn()
+    rig.send(PLAIN + FRAME)
+
+    assert out == (0, INTERRUPT.CONFIGURATION, {})
+    assert meanwhile == ([(head, 0)], [], [])
+    assert (rig.driver.config(6, 2), rig.driver.interrupts() & INTERRUPT.CONFIGURATION) == (1, INTERRUPT.CONFIGURATION)
+    assert (rig.received(), rig.wire.frames()) == ([header() + FRAME], [FRAME])
+
+
+def test_cable_is_pulled_out_before_a_reset(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(link=False)
+    rig.start()
+    without = rig.driver.config(6, 2)
+    rig.wire.send(FRAME)
+    rig.start()
+    rig.offer(100)
+
+    with rig.net.lock:
+        rig.net.set_link(True)
+    rig.turn()
+
+    assert (without, rig.driver.config(6, 2)) == (0, 1)
+    assert rig.received() == [header() + FRAME]
+
+
+def test_other_end_goes_while_there_is_no_cable(plugged: Callable[..., Rig]) -> None:
+    rig = plugged(link=False)
+    rig.start()
+    rig.wire.peer.close()
+    rig.turn()
+
+    with rig.net.lock:
+        rig.net.set_link(True)
+    rig.turn()
+
+    assert rig.driver.config(6, 2) == 0
+    assert [event for event, _ in rig.board.logs] == ["a network link is down"]
+
+
 def test_reset_and_again(rig: Rig) -> None:
     for _ in range(100):
         rig.offer(100)
@@ -326,6 +558,10 @@ def test_capture_that_ends(plugged: Callable[..., Rig], tmp_path: Path) -> None:
         ({"path": Path("x")}, 'path=x means nothing to the network "user"; it is for socket'),
         ({"backend": "none", "publish": "80:80"}, "it is for user"),
         ({"name": "tap0"}, "it is for tap"),
+        ({"rx_bandwidth": "fast"}, 'invalid bandwidth "fast"; give bytes per second, e.g. 10M'),
+        ({"tx_ops": 0}, "invalid tx_ops 0; give frames per second, 1 or more"),
+        ({"burst": 0.0}, "invalid burst 0; give seconds, 0.01 to 3600"),
+        ({"burst": float("nan")}, "invalid burst nan"),
         ({"backend": "tap", "name": "a/b"}, '"a/b" is no name for a network interface'),
         ({"backend": "tap", "name": "x" * 16}, "is no name for a network interface"),
         ({"backend": "tap", "name": "tap%d"}, "is no name for a network interface"),
@@ -336,6 +572,34 @@ def test_options_that_cannot_be(options: dict[str, object], message: str) -> Non
         Net(**options)  # type: ignore[arg-type]
 
 
+def test_two_cards_with_one_address() -> None:
+    board = FakeBoard()
+    Net("none", mac=MAC).attach(board)
+
+    with pytest.raises(ConfigError, match=f"two network devices have mac={MAC}; give each its own"):
+        Net("none", mac=MAC).attach(board)
+
+
+def test_default_address_that_is_taken() -> None:
+    board, other = FakeBoard(), FakeBoard()
+    first, second = Net("none"), Net("none")
+    first.attach(other)
+
+    Net("none", mac=first.mac.hex(":")).attach(board)
+    second.attach(board)
+
+    assert second.mac != first.mac
+
+
 def test_socket_without_a_peer(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="cannot connect the network to"):
+    with pytest.raises(
+        NotFoundError, match=r"cannot connect the network to .*none.: no such socket; start what listens"
+    ):
         Net("socket", path=tmp_path / "none").attach(FakeBoard())
+
+
+def test_socket_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(HostError, match=r"cannot connect the network to .*file.: it is no socket; name"):
+        Net("socket", path=tmp_path / "file").attach(FakeBoard())

@@ -7,6 +7,7 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from probe import Turnstile
 
 from kvmpy.pci import msix
 from kvmpy.pci.config import COMMAND, Header
@@ -351,6 +352,18 @@ def test_masked_queue_interrupts_when_it_is_unmasked(driver: RingDriver) -> None
 
     assert silent == (0, 1 << 1)
     assert (driver.pulses, read(driver, pci.PBA, 8)) == (1, 0)
+
+
+def test_vectors_and_isr_status_do_not_wait_for_the_device(driver: RingDriver, device: Probe) -> None:
+    driver.start()
+    device.lock = turnstile = Turnstile()
+
+    driver.get("InterruptStatus", 1)
+    write(driver, pci.TABLE + msix.ENTRY.size + 12, 4, 1)
+    read(driver, pci.TABLE, 4)
+    read(driver, pci.PBA, 8)
+
+    assert turnstile.taken == 0
 
 
 def test_pending_bits_are_the_devices(driver: RingDriver) -> None:
