@@ -124,8 +124,7 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
 
     @property
     def _settable(self) -> VirtQueue | None:
-        queue = self._selected
-        return queue if queue is not None and self.core.configurable and not queue.enabled else None
+        return self.core.settable(self.QueueSel)
 
     def read_QueueNumMax(self) -> int:
         queue = self._selected

@@ -227,8 +227,7 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
 
     @property
     def _settable(self) -> VirtQueue | None:
-        queue = self._selected
-        return queue if queue is not None and self.core.configurable and not queue.enabled else None
+        return self.core.settable(self.queue_select)
 
     def read_num_queues(self) -> int:
         return len(self.core.queues)
