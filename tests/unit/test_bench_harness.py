@@ -62,6 +62,19 @@ def test_each_round_begins_with_another(harness: ModuleType, tmp_path: Path) -> 
     assert measured.figures["case", "us"] == {name: [1.0] * 3 for name in "abc"}
 
 
+def test_who_fails_is_left_out(harness: ModuleType, tmp_path: Path) -> None:
+    def fails() -> Iterator[Any]:
+        yield harness.Figure("case", "us", 1.0)
+        raise harness.Failed("did not end")
+
+    options = harness.Options(2, 0.1, False, tmp_path, "")
+    measured = harness.Row("exits")
+    measured.measure(options, {"good": lambda: [harness.Figure("case", "us", 2.0)], "bad": fails})
+
+    assert measured.figures["case", "us"] == {"good": [2.0, 2.0]}
+    assert measured.failures == ["exits: bad did not end"]
+
+
 @pytest.mark.parametrize(("ours", "met"), [(120, True), (119, False)])
 def test_verdict(harness: ModuleType, targets: ModuleType, ours: float, met: bool) -> None:
     records = row(harness, "IOPS", {OURS: [ours], URING: [100]})

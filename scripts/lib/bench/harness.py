@@ -30,6 +30,10 @@ class Figure(NamedTuple):
 Run = Callable[[], Iterable[Figure]]  # one run of one contender
 
 
+class Failed(Exception):
+    """What a contender did instead of its part: it is left out from then on."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user asked for."""
@@ -53,16 +57,23 @@ class Row:
 
     name: str
     figures: dict[tuple[str, str], dict[str, list[float]]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     def measure(self, options: Options, runs: dict[str, Run]) -> None:
         """Interleaved rounds, each begun by another contender, so that what else the machine does meets all alike."""
         names = [name for name in runs if re.search(options.only, name)]
         if not names:
-            raise SystemExit(f"bench: {self.name} has no contender that matches; there are: {', '.join(runs)}")
+            raise Failed(f"no contender matches; there are: {', '.join(runs)}")
         for turn in range(options.rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                for case, unit, value in runs[name]():
+                try:
+                    figures = list(runs[name]()) if name in runs else []
+                except (Failed, OSError, subprocess.SubprocessError) as error:
+                    self.failures.append(f"{self.name}: {name} {error}")
+                    del runs[name]
+                    continue
+                for case, unit, value in figures:
                     self.figures.setdefault((case, unit), {}).setdefault(name, []).append(value)
             print(f"{self.name}: round {turn + 1} of {options.rounds} done", file=sys.stderr, flush=True)
 
@@ -118,7 +129,7 @@ def ratio(values: list[float], others: list[float]) -> dict[str, float]:
 
 # What people and programs get.
 
-WIDTHS = "{:<26} {:<12} {:<15} {:>10} {:>21} {:>19} {:>19}"
+WIDTHS = "{:<34} {:<12} {:<15} {:>10} {:>21} {:>19} {:>19}"
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -143,6 +154,14 @@ def _ratio_text(found: dict[str, float] | None) -> str:
 def number(value: float) -> str:
     """With three digits that count."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def heading() -> str:
+    """One line on the host, and what a busy one means."""
+    facts = host()
+    busy = facts["load"] > (os.cpu_count() or 1) / 2
+    line = f"{facts['cpu']}, {facts['cpus']} CPUs, Linux {facts['kernel']}, load {facts['load']:.1f}"
+    return line + (": a busy host, look at CPU times" if busy else "")
 
 
 def host() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import phases
 from .contenders import BUILD, Contender, Job, found
-from .harness import Figure, Options, Run
+from .harness import Failed, Figure, Options, Run
 from .phases import Measured, Phase
 
 SEND, RECEIVE, SEND_TSO = range(3)  # guests/bench/net.c
@@ -47,7 +47,7 @@ def run(contender: Contender, path: Path, options: Options, tap: bool) -> Iterat
                 (done,) = phases.run(contender, "net", Job(taps=(TAP,)), [Phase(kind, DEPTH, size)], options.seconds)
                 came = int(Path(f"/sys/class/net/{TAP}/statistics/rx_packets").read_text())
             if came < done.operations:
-                raise SystemExit(f"bench: {contender.name} sent {done.operations} frames, {came} came through the tap")
+                raise Failed(f"sent {done.operations} frames, {came} came through the tap")
             yield from figures(f"send {name}", size, done)
 
 
