@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
 from .core.errors import ConfigError
+from .core.record import Record
 from .core.units import parse_size
 from .x86 import layout
 
@@ -25,8 +25,7 @@ def parse_count(text: str | int, name: str, limit: int) -> int:
     return int(text)
 
 
-@dataclass(frozen=True)
-class MachineConfig:
+class MachineConfig(Record, frozen=True):
     """A machine, as the user describes it. Values may be given as text, as on the command line.
 
     kernel   path of the image; None: the newest one that is found

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 from .core.board import Stop
 from .core.bus import Bus
 from .core.errors import GuestMemoryError, KvmError
 from .core.memory import GuestMemory
+from .core.record import Record
 from .core.text import printable
 from .kvm import exits
 from .kvm.handle import Vcpu
@@ -47,8 +47,7 @@ class Activity(Enum):
     LOST = "cannot be read"
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(Record, frozen=True):
     """One disassembled instruction; `address` is an offset in the code segment, as in RIP."""
 
     address: int
@@ -60,8 +59,7 @@ class Instruction:
         return self.address + len(self.data)
 
 
-@dataclass(frozen=True)
-class Exits:
+class Exits(Record, frozen=True):
     """Equal accesses among the last ones of a CPU; `device` is the one that answered, "" when none did."""
 
     what: str  # "in", "out" (ports), "read", "write" (memory)
@@ -71,8 +69,7 @@ class Exits:
     count: int
 
 
-@dataclass(frozen=True)
-class Cpu:
+class Cpu(Record, frozen=True):
     """A virtual CPU as it was left. Without registers when they could not be read; empty code and stack: not mapped."""
 
     index: int
@@ -117,8 +114,7 @@ class Cpu:
         return f"{name}, ring {self.sregs.ss.dpl}{paging}"
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(Record, frozen=True):
     """Everything a report is made from."""
 
     stop: Stop

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from .boot import cmdline, initrd, kernels, loader
+from .boot import cmdline, initrd, loader
 from .boot.spec import BootSpec, EntryPoint, Mode
 from .config import MachineConfig
 from .console import BATCH, OUTPUT_LIMIT, Console, Endpoint
@@ -58,7 +58,7 @@ LINUX_PROTOCOLS = ("pvh", "linux64", "decompressor")
 HVC = "console=hvc0"  # behind console=ttyS0: the last one is /dev/console
 QUIET = ("quiet", "loglevel=1")  # with --exec, the console is for the command's output, and for panics
 
-EXIT_MARKER = re.compile(r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z")  # guests/init.c
+EXIT_MARKER = r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z"  # guests/init.c
 
 if TYPE_CHECKING:
     from .virtio.console import VirtioConsole
@@ -119,7 +119,7 @@ class Machine:
     def start(self) -> None:
         """Build the machine and let it run."""
         try:
-            image = loader.read_image(self.config.kernel or kernels.find_kernel())
+            image = loader.read_image(self.config.kernel or _find_kernel())
             linux = loader.plan(image, self.config.boot).protocol in LINUX_PROTOCOLS
             self._create_vm()
             if linux and not runs_ring0_natively(self.kvm):
@@ -373,6 +373,8 @@ class Machine:
         wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
         modules_dir = self.config.modules_dir
         if modules_dir is None and wanted:
+            from .boot import kernels
+
             modules_dir = kernels.modules_dir_for(Path(image.path))
         if modules_dir is None:  # a kernel without modules has its drivers built in
             if self.board.modules:
@@ -410,7 +412,7 @@ class Machine:
         """What the request means: a reset right after a panic message is a panic; a power-off right after a status on
         the console, which init writes where it may not use ports, gives that status; Linux does not halt unasked."""
         if stop.reason is Reason.POWEROFF and self.config.exec is not None:
-            marker = EXIT_MARKER.search(self.console.text)
+            marker = re.search(EXIT_MARKER, self.console.text)
             if marker:
                 return Stop(Reason.EXIT, f"status {marker[1]}", status=int(marker[1]))
         text = self.console.text
@@ -427,6 +429,12 @@ class Machine:
 
     def _loop_failed(self, error: BaseException) -> None:
         self.stop(Stop(Reason.ERROR, f"{type(error).__name__} in a device: {error}", cause=error))
+
+
+def _find_kernel() -> Path:
+    from .boot import kernels  # not needed by those who name one
+
+    return kernels.find_kernel()
 
 
 def cpu_limit(kvm: Kvm) -> int:
@@ -452,6 +460,8 @@ def _warn_of_missing_drivers(image: loader.KernelImage, wanted: list[str]) -> No
     except ImageError:
         return
     if missing:
+        from .boot import kernels
+
         folders = kernels.modules_dirs(Path(image.path))
         none = f"there is no {' or '.join(map(str, folders))}" if folders else "it tells no version to find modules by"
         log.warning(

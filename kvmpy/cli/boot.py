@@ -7,7 +7,6 @@ On a terminal, Ctrl-a x quits and Ctrl-a h shows the other keys.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -84,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
             signal.signal(number, handler)
     status = exit_status(stop, asked_for_status=config.exec is not None)
     if args.json:
+        import json  # not needed by most
+
         print(json.dumps(_outcome(machine, stop, status) | {"report": facts}))
     if not report and (args.verbose or (sys.stderr.isatty() and not args.quiet and config.exec is None)):
         report = f"kvmpy: {stop}"
@@ -158,7 +159,9 @@ def open_endpoint(kind: str, path: Path | None, loop: EventLoop, console: Consol
     if path is not None:
         if kind == "file":
             return endpoint.File(loop, path, console.sent)
-        return endpoint.UnixSocket(loop, path, console.received, console.sent)
+        from ..host.unix_socket import UnixSocket  # not needed by most
+
+        return UnixSocket(loop, path, console.received, console.sent)
     return None
 
 

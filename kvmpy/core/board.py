@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ from .cell import Cell
 from .events import EventLoop
 from .irq import IrqLine, Message
 from .memory import GuestMemory
+from .record import Record
 from .sink import Sink
 
 
@@ -31,8 +31,7 @@ class Reason(Enum):
     ERROR = "kvmpy failed"
 
 
-@dataclass(frozen=True)
-class Stop:
+class Stop(Record, frozen=True):
     """A request to stop the machine; the first one made is the one that counts.
 
     `status` is the number that goes with EXIT (the guest's own status) and SIGNAL (the signal); `cause` is the

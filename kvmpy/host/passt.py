@@ -12,10 +12,10 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import ConfigError, HostError
+from ..core.record import Record
 from .netsocket import FrameStream
 
 START_SECONDS = 10.0  # for passt to be ready: 0.03 on an idle machine
@@ -30,8 +30,7 @@ PRIVILEGED = "publish one from 1024 on, or lower the limit: sudo sysctl net.ipv4
 REMEDY = "use [IP:]HOST:GUEST[/udp], several of them with +"
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(Record, frozen=True):
     """Port `host` of the host's address `ip` (all of them: None) leads to port `guest` of the guest."""
 
     ip: str | None

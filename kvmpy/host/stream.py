@@ -6,14 +6,16 @@ With an `owner`, callbacks have its lock.
 from __future__ import annotations
 
 import os
-import socket
 import stat
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.events import READ, WRITE, EventLoop
 
 CHUNK = 4096  # read at a time; input that the guest is slow to take stays with the host
+
+if TYPE_CHECKING:
+    import socket
 
 
 class Writer:
@@ -33,6 +35,9 @@ class Writer:
         self._socket: socket.socket | None = None
         mode = os.fstat(fd).st_mode
         if stat.S_ISSOCK(mode):
+            import socket  # takes milliseconds to load
+
+            self._flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
             self._socket = socket.socket(fileno=os.dup(fd))
             self._fd = self._socket.fileno()
         elif stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
@@ -65,7 +70,7 @@ class Writer:
         if not self._gone:
             try:
                 if self._socket is not None:
-                    count = self._socket.send(self._backlog, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    count = self._socket.send(self._backlog, self._flags)
                 else:
                     count = os.write(self._fd, self._backlog)
             except BlockingIOError:

@@ -33,6 +33,7 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
     a driver does for each interrupt or kick must not wait for a device that waits for the host; that takes a leaf.
     """
 
+    window: ClassVar[int] = SIZE  # bytes from `base` on
     modules: ClassVar[tuple[str, ...]] = ("virtio_mmio",)
 
     MagicValue = Reg(0x000, reset=MAGIC, write=0)

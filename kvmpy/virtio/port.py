@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.board import Board
-from ..host.endpoint import UnixSocket
+from ..host.unix_socket import UnixSocket
 from .console import VirtioConsole
 
 OUTPUT_LIMIT = 1 << 18  # bytes under way to the client; beyond, the guest waits

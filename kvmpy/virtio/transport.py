@@ -102,7 +102,9 @@ class VirtioCore:
             self.accepted = self.accepted & ~(HALF << 32 * half) | value << 32 * half
 
     def _acceptable(self) -> bool:
-        return not self.accepted & ~self.offered and bool(self.accepted & F.VERSION_1)
+        accepted = self.accepted
+        alone = any(accepted & one and not accepted & others for one, others in self.device.needs.items())
+        return not accepted & ~self.offered and bool(accepted & F.VERSION_1) and not alone
 
     # Queues.
 
