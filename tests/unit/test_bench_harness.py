@@ -37,6 +37,7 @@ def test_ratio_is_taken_round_by_round(harness: ModuleType) -> None:
     (_, ours) = row(harness, "us", {BARE: [10, 20, 40], OURS: [20, 40, 100]})
 
     assert ours["median"] == 40
+    assert ours["over_bare"] == 20
     assert ours["ratios"]["bare"] == {"median": 2, "lowest": 2, "highest": 2.5, "to": BARE}
 
 
