@@ -149,7 +149,7 @@ def table(records: list[dict[str, Any]]) -> str:
         over = number(r["over_bare"]) if "over_bare" in r else ""
         case, unit = ("", "") if same else (r["case"], r["unit"])
         lines.append(WIDTHS.format(case, unit, r["contender"], number(r["median"]), spread, bare, over, qemu).rstrip())
-    return "\n".join(lines[1:])
+    return "\n".join(lines)
 
 
 def _ratio_text(found: dict[str, float] | None) -> str:
