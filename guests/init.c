@@ -886,6 +886,8 @@ static long mount_root(unsigned long flags)
 	SYS(mkdir, "/.root", 0755);
 	if (type)
 		return SYS(mount, root, "/.root", type, flags, 0);
+	if (SYS(mount, root, "/.root", "ext4", flags, 0) == 0) /* Linux tries ext3 first, and complains */
+		return 0;
 	for (char *at = peek("/proc/filesystems", types, sizeof types); *at;) {
 		char *name = at;
 
@@ -902,8 +904,9 @@ static long mount_root(unsigned long flags)
 	return error;
 }
 
-/* Go on from the disk of root=, if there is one; returns when that cannot be done, having said why. */
-static void boot_disk(void)
+/* Go on from the disk of root=, if there is one; returns when that cannot be done, having said why.
+   The arguments in `argv`, which the kernel has from its command line, are for the disk's init. */
+static void boot_disk(char **argv)
 {
 	static const char *const inits[] = {"/sbin/init", "/etc/init", "/bin/init", "/bin/sh"};
 	static const char *const moved[] = {"/dev", "/proc", "/sys"};
@@ -948,7 +951,8 @@ static void boot_disk(void)
 	SYS(chroot, ".");
 	SYS(chdir, "/");
 	set_signals(SIG_DFL);
-	SYS(exit_group, run((char *[]){(char *)init, 0}));
+	argv[0] = (char *)init;
+	SYS(exit_group, run(argv));
 }
 
 static void read_environment(char **envp)
@@ -1001,7 +1005,7 @@ __attribute__((used, noreturn)) static void start(unsigned long *stack)
 	if (command)
 		run_command(command, size);
 	peek("/proc/cmdline", cmdline, sizeof cmdline);
-	boot_disk();
+	boot_disk((char **)stack + 1);
 	run_shell();
 	__builtin_unreachable();
 }

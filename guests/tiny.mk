@@ -5,7 +5,7 @@ TINY := $(patsubst %.S,build/%.bin,$(wildcard *.S))
 tiny: $(TINY)
 
 # Whole files appear at once, so that two builds at the same time do no harm.
-build/%.bin: %.S tiny.inc virtio.inc tiny.ld tiny.mk
+build/%.bin: %.S $(wildcard *.inc) tiny.ld tiny.mk
 	@mkdir -p build
 	@echo '  tiny guest $*'
 	@$(AS) --64 --fatal-warnings -o build/$*.$$PPID.o $<

@@ -7,7 +7,7 @@
 # the length in its first element, the last byte, the first dword of the 512 bytes, and ends with END 0.
 
         .include "tiny.inc"
-        .equ    PIN, 5
+        .include "virtio_up.inc"
         .equ    VECTOR, 0x35
         .equ    QUEUE_NOTIFY, 0x50              # VIRTIO 1.2, 4.2.2
         .equ    INTERRUPT_STATUS, 0x60
@@ -15,29 +15,8 @@
         .equ    STATUS, 0x70
 
         .code64
-        mov     $0x7000, %esp
-        lidt    idtr
-        mov     $0xff, %al                      # the PICs stay out of it
-        out     %al, $0x21
-        out     %al, $0xa1
-        mov     $LAPIC, %eax
-        movl    $0x1ff, LAPIC_SPURIOUS - LAPIC(%rax)
-        mov     $IOAPIC, %edi
-        movl    $0x11 + 2 * PIN, (%rdi)         # high half of the redirection entry: to APIC 0
-        movl    $0, 0x10(%rdi)
-        movl    $0x10 + 2 * PIN, (%rdi)
-        movl    $VECTOR, 0x10(%rdi)
-
-        mov     $MMIO, %ebx
-        mov     $setup, %esi
-next:   mov     (%rsi), %eax
-        cmp     $-1, %eax
-        je      up
-        mov     4(%rsi), %edx
-        mov     %edx, (%rbx,%rax)
-        add     $8, %esi
-        jmp     next
-up:     mov     STATUS(%rbx), %eax
+        up_mmio
+        mov     STATUS(%rbx), %eax
         out     %eax, $REPORT
 
         xor     %ebp, %ebp                      # interrupts so far

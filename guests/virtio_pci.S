@@ -9,56 +9,16 @@
 # dword of the 512 bytes, and ends with END 0.
 
         .include "tiny.inc"
+        .include "virtio_up.inc"
         .equ    VECTOR, 0x36
-        .equ    FUNCTION, 0xe0008000            # layout.PCI_ECAM, device 1
         .equ    BAR, 0xe2000000                 # inside layout.PCI_WINDOW, not where it was
-        .equ    COMMAND, 0x04
-        .equ    BAR_LOW, 0x10
-        .equ    CAPABILITIES, 0x34
-        .equ    MSIX, 0x11
         .equ    STATUS, 0x14                    # VIRTIO 1.2, 4.1.4.3
         .equ    NOTIFY, 0x3000                  # kvmpy/virtio/pci.py
-        .equ    ENTRY, 0x4010                   # of vector 1
         .equ    PENDING, 0x5000
 
         .code64
-        mov     $0x7000, %esp
-        lidt    idtr
-        mov     $LAPIC, %eax
-        movl    $0x1ff, LAPIC_SPURIOUS - LAPIC(%rax)
-
-        mov     $FUNCTION, %edi
-        movzbl  CAPABILITIES(%rdi), %ecx
-find:   movzbl  (%rdi,%rcx), %eax
-        cmp     $MSIX, %eax
-        je      found
-        movzbl  1(%rdi,%rcx), %ecx
-        jmp     find
-found:  movl    $-1, BAR_LOW(%rdi)
-        mov     BAR_LOW(%rdi), %eax
-        out     %eax, $REPORT
-        mov     $BAR, %ebx
-        mov     %ebx, BAR_LOW(%rdi)
-        movw    $6, COMMAND(%rdi)               # memory, bus master
-        movw    $0x8000, 2(%rdi,%rcx)           # MSI-X on
-
-        mov     $setup, %esi
-next:   mov     (%rsi), %eax
-        cmp     $-1, %eax
-        je      up
-        mov     8(%rsi), %edx
-        mov     4(%rsi), %ecx
-        add     $12, %esi
-        cmp     $2, %ecx
-        jb      byte
-        je      word
-        mov     %edx, (%rbx,%rax)
-        jmp     next
-word:   mov     %dx, (%rbx,%rax)
-        jmp     next
-byte:   mov     %dl, (%rbx,%rax)
-        jmp     next
-up:     movzbl  STATUS(%rbx), %eax
+        up_pci
+        movzbl  STATUS(%rbx), %eax
         out     %eax, $REPORT
 
         movw    $0, NOTIFY(%rbx)

@@ -90,6 +90,30 @@ for ctype, functions in STRUCT.items():
         ffibuilder.cdef(f"int {function}(int fd, {ctype} *argument);")
 ffibuilder.cdef("int kvm_irq_line(int fd, uint32_t gsi, uint32_t level);")
 ffibuilder.cdef("int kvmpy_prepare_kick(int signal_number);")
+ffibuilder.cdef(
+    """
+    struct kvmpy_stream { ...; };
+    struct kvmpy_stream *kvmpy_stream_new(size_t limit, size_t batch, int wake);
+    void kvmpy_stream_free(struct kvmpy_stream *stream);
+    void kvmpy_stream_close(struct kvmpy_stream *stream);
+    int kvmpy_stream_put(struct kvmpy_stream *stream, const uint8_t *data, size_t size);
+    size_t kvmpy_stream_waiting(struct kvmpy_stream *stream, int *lingers);
+    size_t kvmpy_stream_take(struct kvmpy_stream *stream, uint8_t *data, size_t size);
+    int kvmpy_stream_sent(struct kvmpy_stream *stream, size_t size);
+    size_t kvmpy_stream_under_way(struct kvmpy_stream *stream);
+
+    struct kvmpy_cell { uint32_t kinds; uint32_t value; uint8_t seen[32]; struct kvmpy_stream *stream; ...; };
+    struct kvmpy_cells { ...; };
+    int kvmpy_cell_add(struct kvmpy_cells *cells, uint64_t key, struct kvmpy_cell *cell);
+
+    #define RECENT ...
+    struct kvmpy_exit { uint64_t address; uint64_t count; uint32_t reason; uint32_t size; uint32_t is_write; ...; };
+    struct kvmpy_vcpu {
+        void *run; struct kvmpy_cells *cells; uint64_t data; uint64_t exits; struct kvmpy_exit recent[...]; ...;
+    };
+    int64_t kvmpy_run(int fd, struct kvmpy_vcpu *cpu, uint64_t answer);
+    """
+)
 
 ffibuilder.set_source(
     "kvmpy._kvm_ioctls", (HERE / "_kvm_ioctls.c").read_text(), extra_compile_args=["-O2", "-Wall", "-Wextra"]

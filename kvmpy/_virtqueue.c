@@ -267,7 +267,9 @@ static int kvmpy_serve_disk(struct kvmpy_queue *queue, const struct kvmpy_disk *
             end = now() + length;
         else if (served >= limit || now() >= end)
             return KVMPY_MORE;
-        if ((uint16_t)(index - queue->next_avail) > queue->size)
+        unsigned count = (uint16_t)(index - queue->next_avail);
+        unsigned under_way = (uint16_t)(queue->next_avail - queue->next_used);
+        if (count + under_way > queue->size)
             return KVMPY_ODD;
         unsigned slot = queue->next_avail % queue->size;
         uint16_t head = __atomic_load_n(number(queue->avail, 4 + 2 * (size_t)slot), __ATOMIC_RELAXED);

@@ -22,6 +22,7 @@ from .core.errors import ConfigError, NotFoundError
 CATALOGUE = {
     "virtio-balloon": "virtio.balloon:Balloon",
     "virtio-blk": "virtio.blk:Blk",
+    "virtio-console": "virtio.port:PortSocket",
     "virtio-net": "virtio.net:Net",
     "virtio-rng": "virtio.rng:Rng",
 }
@@ -30,6 +31,19 @@ SWITCH = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": 
 
 def make(text: str) -> Any:
     """The device that `text` describes; raises ConfigError or NotFoundError, and what its class raises."""
+    _, cls, arguments = parse(text)
+    return cls(**arguments)
+
+
+def plain(text: str) -> str | dict[str, dict[str, Any]]:
+    """What `text` says as plain values: a name, or a name with its options. Raises as `make`."""
+    name, _, arguments = parse(text)
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
+    return {name: options} if options else name
+
+
+def parse(text: str) -> tuple[str, type, dict[str, Any]]:
+    """Name, class and arguments of the device that `text` describes; raises ConfigError or NotFoundError."""
     name, *options = split(text)
     cls = find(name)
     parameters = options_of(cls)
@@ -45,7 +59,7 @@ def make(text: str) -> Any:
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
     if missing:
         raise ConfigError(f'{name} needs the option "{missing[0]}"', f"write {name},{missing[0]}=...")
-    return cls(**arguments)
+    return name, cls, arguments
 
 
 def options_of(cls: type) -> list[inspect.Parameter]:
@@ -112,7 +126,7 @@ def convert(what: str, hint: Any, value: str | None) -> Any:
         if value.lower() not in SWITCH:
             raise ConfigError(f'{what}: "{value}" is no switch', "use on or off")
         return SWITCH[value.lower()]
-    if value is None:
+    if value is None or (hint is Path and not value):
         raise ConfigError(f"{what} needs a value", f"write {what.rpartition(' ')[2]}=...")
     if hint in (int, float):
         try:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
 from .core.errors import ConfigError
+from .core.record import Record
+from .core.units import parse_size
 from .x86 import layout
 
-UNITS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-SIZE = re.compile(r"(?P<number>[0-9]{1,18})(?P<unit>[BKMGT]?)(?:I?B)?", re.ASCII | re.IGNORECASE)
 MIN_MEMORY = layout.MIB
 CONSOLES = ("serial", "virtio")
 TRANSPORTS = ("mmio", "pci")  # of virtio devices
 MAX_CPUS = 4096  # a mistake in --cpus ends here; KVM's own limit, asked later, is often lower
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes meant by `512M`, `2G`, `4096K` or a bare number, which counts MiB; raises ConfigError."""
-    match = SIZE.fullmatch(str(text))
-    if match is None:
-        raise ConfigError(f'invalid size "{text}"', "use e.g. 512M or 2G")
-    return int(match["number"]) << UNITS[(match["unit"] or "M").upper()]
 
 
 def parse_count(text: str | int, name: str, limit: int) -> int:
@@ -34,8 +25,7 @@ def parse_count(text: str | int, name: str, limit: int) -> int:
     return int(text)
 
 
-@dataclass(frozen=True)
-class MachineConfig:
+class MachineConfig(Record, frozen=True):
     """A machine, as the user describes it. Values may be given as text, as on the command line.
 
     kernel   path of the image; None: the newest one that is found

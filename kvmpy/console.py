@@ -12,10 +12,10 @@ from typing import Protocol
 
 from .core.errors import KvmpyError
 from .core.events import EventLoop
+from .core.outbox import Outbox, PlainOutbox
 
 TAIL = 1 << 20  # bytes of output that are kept for wait_for and for reports
 OUTPUT_LIMIT = 1 << 18  # bytes under way to the host; beyond, the UART says it is busy and the guest waits
-NEWLINE = 0x0A
 BREAK = 0x100  # in the queue of input bytes: a break condition
 LINGER = 0.01  # seconds that output may wait for more: every hand-over to the loop's thread costs the guest time
 BATCH = 256  # bytes that do not wait, nor does the end of a line
@@ -61,18 +61,16 @@ class Console:
     With `patient`, input waits until a driver has opened the port: drivers throw away what came before.
     """
 
-    def __init__(self, loop: EventLoop) -> None:
+    def __init__(self, loop: EventLoop, outbox: Outbox | None = None) -> None:
+        """`outbox` must call `look` on the loop when it wants its reader."""
+        self.stream = getattr(outbox, "stream", None)  # see core.sink.Sink
         self.patient = False
         self.dead = ""  # why no more output can come, once that is so
         self._loop = loop
         self._uart: Uart | None = None
         self._sources: list[Source] = []
         self._endpoint: Endpoint | None = None
-        self._output = bytearray()  # from the UART, not yet seen by the loop
-        self._lingers = self._called = False  # whether the loop will look at it: in a moment, at once
-        self._under_way = 0  # bytes put by the UART and not yet taken by the host
-        self._full = False
-        self._lock = threading.Lock()  # guards those above from `_output` on
+        self._outbox = outbox or PlainOutbox(OUTPUT_LIMIT, BATCH, lambda: loop.call_soon(self.look))
         self._input: deque[int] = deque()
         self._paused = False
         self._tail = bytearray()
@@ -103,20 +101,7 @@ class Console:
 
     def write(self, data: bytes) -> bool:
         """Take all of `data`, as `put` takes a byte."""
-        with self._lock:
-            self._output += data
-            self._under_way += len(data)
-            self._full = self._under_way >= OUTPUT_LIMIT
-            room = not self._full
-            call = not self._called and (NEWLINE in data or len(self._output) >= BATCH)
-            linger = not (call or self._called or self._lingers)
-            self._called |= call
-            self._lingers |= linger
-        if call:
-            self._loop.call_soon(self._deliver)
-        elif linger:
-            self._loop.after(LINGER, self._deliver)
-        return room
+        return self._outbox.put(data)
 
     def room(self) -> None:
         """The UART can take input again."""
@@ -145,13 +130,9 @@ class Console:
 
     def sent(self, count: int) -> None:
         """The endpoint has passed on `count` bytes; on the loop's thread."""
-        with self._lock:
-            self._under_way -= count
-            drained = self._full and self._under_way <= OUTPUT_LIMIT // 2
-            if drained:
-                self._full = False
-        for source in self._sources if drained else ():
-            self._loop.call_soon(source.drained, owner=source)
+        if self._outbox.sent(count):
+            for source in self._sources:
+                self._loop.call_soon(source.drained, owner=source)
 
     @property
     def text(self) -> str:
@@ -189,14 +170,20 @@ class Console:
     def flush(self, timeout: float) -> bool:
         """Give the host up to `timeout` seconds to take what is under way; whether it has."""
         deadline = time.monotonic() + timeout
-        while self._under_way > 0 and time.monotonic() < deadline:
+        while self._outbox.under_way and time.monotonic() < deadline:
             time.sleep(0.002)
-        return self._under_way <= 0
+        return not self._outbox.under_way
+
+    def look(self) -> None:
+        """There is output; on the loop's thread."""
+        _, lingers = self._outbox.waiting()
+        if lingers:
+            self._loop.after(LINGER, self._deliver)
+        else:
+            self._deliver()
 
     def _deliver(self) -> None:
-        with self._lock:
-            data, self._output = self._output, bytearray()
-            self._lingers = self._called = False
+        data = self._outbox.take()
         if not data:  # it has gone with an earlier call
             return
         with self._news:
@@ -209,7 +196,7 @@ class Console:
         if self._endpoint is None:
             self.sent(len(data))
         else:
-            self._endpoint.write(bytes(data))
+            self._endpoint.write(data)
 
     def _feed(self) -> None:
         uart = self._uart

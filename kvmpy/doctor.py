@@ -11,12 +11,12 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from .boot import initramfs, kernels
 from .core.errors import CannotRunKernels, KvmError, NotFoundError
+from .core.record import Record
 from .core.text import printable
 from .kvm.handle import DEVICE, REMEDIES, REQUIRED, Kvm
 from .kvm.probe import runs_ring0_natively
@@ -50,8 +50,7 @@ class Level(Enum):
     FAIL = "FAIL"  # no Linux will boot
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Record, frozen=True):
     """One finding: `name` of the thing, `found` about it, and the `remedy` where there is something to do."""
 
     name: str
@@ -60,8 +59,7 @@ class Check:
     remedy: str = ""
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(Record, frozen=True):
     title: str
     checks: tuple[Check, ...]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 from .core.board import Stop
 from .core.bus import Bus
 from .core.errors import GuestMemoryError, KvmError
 from .core.memory import GuestMemory
+from .core.record import Record
 from .core.text import printable
 from .kvm import exits
 from .kvm.handle import Vcpu
@@ -47,8 +47,7 @@ class Activity(Enum):
     LOST = "cannot be read"
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(Record, frozen=True):
     """One disassembled instruction; `address` is an offset in the code segment, as in RIP."""
 
     address: int
@@ -60,8 +59,7 @@ class Instruction:
         return self.address + len(self.data)
 
 
-@dataclass(frozen=True)
-class Exits:
+class Exits(Record, frozen=True):
     """Equal accesses among the last ones of a CPU; `device` is the one that answered, "" when none did."""
 
     what: str  # "in", "out" (ports), "read", "write" (memory)
@@ -71,8 +69,7 @@ class Exits:
     count: int
 
 
-@dataclass(frozen=True)
-class Cpu:
+class Cpu(Record, frozen=True):
     """A virtual CPU as it was left. Without registers when they could not be read; empty code and stack: not mapped."""
 
     index: int
@@ -117,8 +114,7 @@ class Cpu:
         return f"{name}, ring {self.sregs.ss.dpl}{paging}"
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(Record, frozen=True):
     """Everything a report is made from."""
 
     stop: Stop
@@ -159,8 +155,8 @@ def collect(machine: Machine, stop: Stop) -> Evidence:
 def examine(thread: VcpuThread, memory: GuestMemory, ports: Bus, mmio: Bus) -> Cpu:
     """The CPU of a thread that was told to end; does not wait for one that has not."""
     vcpu, index = thread.vcpu, thread.vcpu.index
-    recent = list(thread.recent.copy())
-    reason = recent[-1][0] if recent else exits.EXIT_IO
+    recent = thread.recent()
+    reason = recent[-1].reason if recent else exits.EXIT_IO
     fatal = ""
     if reason not in (exits.EXIT_IO, exits.EXIT_MMIO):
         fatal = exits.describe(vcpu.page)
@@ -201,15 +197,13 @@ def _activity(mp_state: int, regs: Regs) -> Activity:
     return Activity.WAITING
 
 
-def _count(recent: Sequence[tuple[int, ...]], ports: Bus, mmio: Bus) -> tuple[Exits, ...]:
-    """VcpuThread.recent, equal exits counted together, the latest first."""
+def _count(recent: Sequence[exits.Exit], ports: Bus, mmio: Bus) -> tuple[Exits, ...]:
+    """Equal exits counted together, the latest first."""
     counts: dict[tuple[str, int, int, str], int] = {}
-    for fields in reversed(recent):
-        if fields[0] == exits.EXIT_IO:
-            _, is_out, size, address, _, _ = fields
-            what, bus = "out" if is_out else "in", ports
+    for reason, is_write, size, address, _ in reversed(recent):
+        if reason == exits.EXIT_IO:
+            what, bus = "out" if is_write else "in", ports
         else:
-            _, address, _, size, is_write = fields
             what, bus = "write" if is_write else "read", mmio
         kind = (what, address, size, _device(bus, address, size))
         counts[kind] = counts.get(kind, 0) + 1

@@ -7,10 +7,10 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from .core.board import Reason
 from .core.errors import CannotRunKernels
+from .core.record import Record
 from .evidence import Activity, Evidence
 from .kvm import exits
 
@@ -21,16 +21,14 @@ LINUX = ("pvh", "linux64", "decompressor")
 BUILT_IN = "leave --initrd out to use the built-in initramfs"
 
 
-@dataclass(frozen=True)
-class Hint:
+class Hint(Record, frozen=True):
     """A likely cause, and what to do about it."""
 
     cause: str
     remedy: str = ""
 
 
-@dataclass(frozen=True)
-class Trap:
+class Trap(Record, frozen=True):
     """What a kernel prints (a regular expression), what that means, and the remedy.
 
     Both texts may name groups of the expression and `memory`, the guest's in MiB. Every repetition in an expression

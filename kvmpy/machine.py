@@ -13,15 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from .boot import cmdline, initrd, kernels, loader
+from .boot import cmdline, initrd, loader
 from .boot.spec import BootSpec, EntryPoint, Mode
 from .config import MachineConfig
-from .console import Console, Endpoint
+from .console import BATCH, OUTPUT_LIMIT, Console, Endpoint
 from .core.board import Attachable, Reason, Stop
 from .core.errors import CannotRunKernels, ConfigError, HostError, ImageError
 from .core.events import EventLoop
 from .core.log import log
 from .core.memory import GuestMemory
+from .core.outbox import Outbox
+from .core.pure import PURE
 from .devices.acpi_ged import AcpiGed
 from .devices.acpi_pm import AcpiPm
 from .devices.boot_timer import BootTimer
@@ -34,6 +36,7 @@ from .devices.postcode import PostCodes
 from .devices.pvpanic import Pvpanic
 from .devices.reset_control import ResetControl
 from .devices.serial import Serial
+from .kvm.fast import FastOutbox
 from .kvm.handle import Kvm, Vcpu
 from .kvm.probe import runs_ring0_natively
 from .kvm.state import Regs, Sregs
@@ -55,7 +58,7 @@ LINUX_PROTOCOLS = ("pvh", "linux64", "decompressor")
 HVC = "console=hvc0"  # behind console=ttyS0: the last one is /dev/console
 QUIET = ("quiet", "loglevel=1")  # with --exec, the console is for the command's output, and for panics
 
-EXIT_MARKER = re.compile(r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z")  # guests/init.c
+EXIT_MARKER = r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z"  # guests/init.c
 
 if TYPE_CHECKING:
     from .virtio.console import VirtioConsole
@@ -90,7 +93,7 @@ class Machine:
         self.loop = EventLoop("io", self._loop_failed)
         self._undo.callback(self.loop.stop)
         self._console_loop = EventLoop("console", self._loop_failed)
-        self.console = Console(self._console_loop)
+        self.console = Console(self._console_loop, self._outbox())
         self._undo.callback(self.console.detach)  # when the loop no longer runs: callbacks go in reverse
         self._undo.callback(self._console_loop.stop)
 
@@ -116,7 +119,7 @@ class Machine:
     def start(self) -> None:
         """Build the machine and let it run."""
         try:
-            image = loader.read_image(self.config.kernel or kernels.find_kernel())
+            image = loader.read_image(self.config.kernel or _find_kernel())
             linux = loader.plan(image, self.config.boot).protocol in LINUX_PROTOCOLS
             self._create_vm()
             if linux and not runs_ring0_natively(self.kvm):
@@ -166,6 +169,20 @@ class Machine:
             self.wait()
         self._undo.close()
 
+    def _outbox(self) -> Outbox | None:
+        """The console's, watched by its loop; None: the console makes one of its own."""
+        if PURE:
+            return None
+        outbox = FastOutbox(OUTPUT_LIMIT, BATCH)
+        self._undo.callback(outbox.close)
+
+        def look() -> None:
+            os.eventfd_read(outbox.fd)
+            self.console.look()
+
+        self._console_loop.add(outbox.fd, look)
+        return outbox
+
     # While it runs.
 
     @contextmanager
@@ -200,6 +217,12 @@ class Machine:
     def power_button(self) -> None:
         """Press it; a guest with ACPI shuts itself down."""
         self.loop.call_soon(self.acpi_ged.press_power_button, owner=self.acpi_ged)
+
+    def resize_console(self, cols: int, rows: int) -> None:
+        """Tell the guest how large the terminal behind its virtio console is; any thread and any signal handler may."""
+        hvc = self.hvc
+        if hvc is not None:
+            self.loop.call_soon(lambda: hvc.resize(cols, rows), owner=hvc)
 
     def wait_for_console(self, pattern: str, timeout: float = 60.0) -> str:
         """Wait for output that matches a regular expression; raises ConsoleTimeout."""
@@ -292,7 +315,9 @@ class Machine:
             )
             vcpu.set_msrs(msr.BOOT)
             vcpu.set_lapic(lapic.virtual_wire(vcpu.lapic(), boot_cpu=apic_id == 0))
-            self.vcpus.append(VcpuThread(vcpu, self.board.ports, self.board.memory_bus, self.stop))
+            thread = VcpuThread(vcpu, self.board.ports, self.board.memory_bus, self.stop, self.board.cells)
+            self._undo.callback(thread.close)
+            self.vcpus.append(thread)
 
     def _load(self, image: loader.KernelImage, linux: bool) -> None:
         """Tables and kernel into memory, the first vCPU to the kernel's entry."""
@@ -348,6 +373,8 @@ class Machine:
         wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
         modules_dir = self.config.modules_dir
         if modules_dir is None and wanted:
+            from .boot import kernels
+
             modules_dir = kernels.modules_dir_for(Path(image.path))
         if modules_dir is None:  # a kernel without modules has its drivers built in
             if self.board.modules:
@@ -385,7 +412,7 @@ class Machine:
         """What the request means: a reset right after a panic message is a panic; a power-off right after a status on
         the console, which init writes where it may not use ports, gives that status; Linux does not halt unasked."""
         if stop.reason is Reason.POWEROFF and self.config.exec is not None:
-            marker = EXIT_MARKER.search(self.console.text)
+            marker = re.search(EXIT_MARKER, self.console.text)
             if marker:
                 return Stop(Reason.EXIT, f"status {marker[1]}", status=int(marker[1]))
         text = self.console.text
@@ -402,6 +429,12 @@ class Machine:
 
     def _loop_failed(self, error: BaseException) -> None:
         self.stop(Stop(Reason.ERROR, f"{type(error).__name__} in a device: {error}", cause=error))
+
+
+def _find_kernel() -> Path:
+    from .boot import kernels  # not needed by those who name one
+
+    return kernels.find_kernel()
 
 
 def cpu_limit(kvm: Kvm) -> int:
@@ -427,6 +460,8 @@ def _warn_of_missing_drivers(image: loader.KernelImage, wanted: list[str]) -> No
     except ImageError:
         return
     if missing:
+        from .boot import kernels
+
         folders = kernels.modules_dirs(Path(image.path))
         none = f"there is no {' or '.join(map(str, folders))}" if folders else "it tells no version to find modules by"
         log.warning(

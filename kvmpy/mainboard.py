@@ -7,22 +7,27 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .core.board import Stop
 from .core.bus import Bus, BusDevice
+from .core.cell import Cell
 from .core.errors import ConfigError, KvmError
 from .core.events import EventLoop
 from .core.irq import IrqLine
 from .core.log import LEVELS, log
 from .core.memory import GuestMemory
+from .core.sink import Sink
+from .kvm.fast import MMIO, Cells
 from .kvm.handle import Vm
 from .kvm.irq import GsiLine, MsiLine, MsiRouter
-from .pci.bus import PciBus
-from .virtio.device import VirtioDevice
-from .virtio.mmio import SIZE, VirtioMmio
-from .virtio.pci import VirtioPci
 from .x86 import layout
+
+if TYPE_CHECKING:
+    from .pci.bus import PciBus
+    from .virtio.device import VirtioDevice
+    from .virtio.mmio import VirtioMmio
+    from .virtio.pci import VirtioPci
 
 SPARE_GSIS = 4  # left for devices that have a line of their own
 
@@ -39,7 +44,13 @@ class MainBoard:
         self.mem = mem
         self.loop = loop
         self.ports = Bus("port", lambda address, size, value: _unmapped("port", address, size, value))
-        self.memory_bus = Bus("mmio", lambda address, size, value: _unmapped("mmio", address, size, value))
+        self.memory_bus = Bus(
+            "mmio",
+            lambda address, size, value: _unmapped("mmio", address, size, value),
+            slots=self.ports.slots,
+            tag=MMIO,
+        )
+        self.cells = Cells()
         self.words: list[str] = []
         self._vm = vm
         self._stop = stop
@@ -51,6 +62,8 @@ class MainBoard:
         self.virtio_pci: list[VirtioPci] = []
         self.pci: PciBus | None = None
         if pci:
+            from .pci.bus import PciBus  # the transports are loaded when they are used
+
             self.pci = PciBus(self.memory_bus, layout.PCI_ECAM, range(layout.PCI_WINDOW, layout.PCI_WINDOW_END))
         self._msis = MsiRouter(vm)
         self._doorbells: list[tuple[EventDoorbell, EventLoop]] = []  # and what listens
@@ -71,6 +84,9 @@ class MainBoard:
                 raise ConfigError(f"MMIO at {base:#x} would hide RAM", "leave the address to the board")
         self.memory_bus.add(base, size, device)
         return base
+
+    def cell(self, address: int, size: int, *, mmio: bool = False, sink: Sink | None = None) -> Cell:
+        return self.cells.add(address, size, mmio=mmio, stream=getattr(sink, "stream", None))
 
     def irq(self, gsi: int | None = None) -> IrqLine:
         if gsi is None:
@@ -108,16 +124,20 @@ class MainBoard:
 
     def virtio(self, device: VirtioDevice) -> None:
         if self.pci is not None:
+            from .virtio.pci import VirtioPci
+
             self.virtio_pci.append(VirtioPci(device, self, self.pci))
             self.modules += [*VirtioPci.modules, *device.modules]
             return
+        from .virtio.mmio import VirtioMmio
+
         gsi = self._edge_gsi()
         self.virtio_mmio.append((VirtioMmio(device, self, self.irq(gsi)), gsi))
         self.modules += [*VirtioMmio.modules, *device.modules]
 
     def virtio_resources(self) -> list[tuple[int, int, int]]:
         """(base, bytes, gsi) of each virtio-mmio device, in the order in which they were attached."""
-        return [(transport.base, SIZE, gsi) for transport, gsi in self.virtio_mmio]
+        return [(transport.base, transport.window, gsi) for transport, gsi in self.virtio_mmio]
 
     def virtio_words(self) -> list[str]:
         """The same for the command line of a kernel that does not use ACPI (CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)."""

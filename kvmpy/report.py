@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from .core.board import Stop
@@ -44,7 +43,7 @@ def facts(evidence: Evidence) -> dict[str, Any]:
     return {
         "reason": evidence.stop.reason.name.lower(),
         "detail": evidence.stop.detail,
-        "hints": [asdict(hint) for hint in hints(evidence)],
+        "hints": [vars(hint) for hint in hints(evidence)],
         "vcpus": [_cpu_facts(cpu) for cpu in evidence.cpus],
         "console": _last_lines(evidence),
     }
@@ -205,7 +204,7 @@ def _cpu_facts(cpu: Cpu) -> dict[str, Any]:
         "activity": cpu.activity.name.lower(),
         "mode": cpu.mode,
         "exit": cpu.fatal,
-        "last_exits": [asdict(kind) | {"address": hex(kind.address)} for kind in cpu.exits],
+        "last_exits": [vars(kind) | {"address": hex(kind.address)} for kind in cpu.exits],
     }
     if cpu.problem:
         result["problem"] = cpu.problem

@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .core.board import Board, Stop
 from .core.bus import Bus, BusDevice
+from .core.cell import Cell
 from .core.events import READ, EventLoop
 from .core.memory import GuestMemory, Region
+from .core.sink import Sink
 from .pci import msix
 from .pci.bus import PciBus
 from .pci.config import COMMAND, Header
@@ -159,8 +161,9 @@ class FakeBoard:
     """A Board with `size` bytes of RAM from address 0 on, which records what devices do to it.
 
     `ports` and `memory_bus` are real buses: access a device through them as a guest would. `lines` are the
-    IrqRecorders by GSI, `messages` and `doorbells` all that were made; `stops`, `words` and `logs` what was asked of
-    stop(), cmdline() and log(); `steps` the loop. Virtio devices get the `transport` "mmio" or "pci".
+    IrqRecorders by GSI, `messages` and `doorbells` all that were made, `cells` those by address; `stops`, `words` and
+    `logs` what was asked of stop(), cmdline() and log(); `steps` the loop. Virtio devices get the `transport` "mmio"
+    or "pci".
     """
 
     def __init__(self, size: int = 1 << 20, transport: str = "mmio") -> None:
@@ -177,6 +180,7 @@ class FakeBoard:
         self.transports: list[Any] = []  # VirtioMmio or VirtioPci
         self.messages: list[MessageRecorder] = []
         self.doorbells: list[DoorbellRecorder] = []
+        self.cells: dict[int, Cell] = {}
         self._next_mmio = MMIO_BASE
         self._next_gsi = FREE_GSIS
 
@@ -189,6 +193,10 @@ class FakeBoard:
             self._next_mmio += (size + 0xFFF) & ~0xFFF
         self.memory_bus.add(base, size, device)
         return base
+
+    def cell(self, address: int, size: int, *, mmio: bool = False, sink: Sink | None = None) -> Cell:
+        self.cells[address] = Cell()
+        return self.cells[address]
 
     def irq(self, gsi: int | None = None) -> IrqRecorder:
         if gsi is None:
@@ -264,6 +272,11 @@ class RingDriver:
 
     def start(self, features: int = F.VERSION_1, sizes: Sequence[int] | None = None) -> None:
         """Reset, agree on `features`, set up the queues (of `sizes` entries, else as large as they may be), go."""
+        self.prepare(features, sizes)
+        self.go()
+
+    def prepare(self, features: int = F.VERSION_1, sizes: Sequence[int] | None = None) -> None:
+        """All of `start` that comes before DRIVER_OK."""
         self.set("Status", 0)
         self.set("Status", STATUS.ACKNOWLEDGE | STATUS.DRIVER)
         self.accept(features)
@@ -272,6 +285,9 @@ class RingDriver:
         for index in range(len(self.transport.core.queues)):
             self.set("QueueSel", index)
             self.add_queue(sizes[index] if sizes else self.get("QueueNumMax"))
+
+    def go(self) -> None:
+        """The driver is up; the event loop takes a turn."""
         self.set("Status", self.get("Status") | STATUS.DRIVER_OK)
         self.board.steps.turn()
 
@@ -465,7 +481,8 @@ class _PciRegisters:
 
     def set(self, register: str, value: int) -> None:
         if register == "QueueNotify":
-            self._board.memory_bus.write(self.base + pci.NOTIFY + pci.NOTIFY_MULTIPLIER * (value & 0x3FF), 2, value)
+            place = min(value, pci.PAGE // pci.NOTIFY_MULTIPLIER - 1)  # of a queue that has none: the last one
+            self._board.memory_bus.write(self.base + pci.NOTIFY + pci.NOTIFY_MULTIPLIER * place, 2, value)
             return
         offset, width = self._place(register)
         self._board.memory_bus.write(self.base + offset, width, value)

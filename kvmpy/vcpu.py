@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from .core.board import Reason, Stop
 from .core.bus import Bus
 from .core.errors import KvmError
-from .kvm import exits
+from .core.pure import PURE
+from .kvm import exits, fast
+from .kvm.exits import Exit
 from .kvm.handle import Vcpu, prepare_kick
 
 KICK = signal.SIGRTMIN
-RECENT_EXITS = 32  # kept for crash reports
 SYSTEM_EVENTS = {"shutdown": Reason.POWEROFF, "reset": Reason.RESET, "crash": Reason.PANIC}
 AGAIN = (-errno.EINTR, -errno.EAGAIN)  # EAGAIN: a CPU that waited for its start-up interrupt was woken
 # What a vCPU's thread takes: all else is for Python's main thread. Faults are its own; blocked, they kill unreported.
@@ -29,11 +30,17 @@ TAKEN = {KICK, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, sign
 
 
 class VcpuThread:
-    """Runs `vcpu` until `end`, or until an exit after which it cannot go on; that is told to `stop`."""
+    """Runs `vcpu` until `end`, or until an exit after which it cannot go on; that is told to `stop`.
 
-    def __init__(self, vcpu: Vcpu, ports: Bus, mmio: Bus, stop: Callable[[Stop], None]) -> None:
+    Without `cells`, or with KVMPY_PURE=1, every exit is looked at in Python.
+    """
+
+    def __init__(
+        self, vcpu: Vcpu, ports: Bus, mmio: Bus, stop: Callable[[Stop], None], cells: fast.Cells | None = None
+    ) -> None:
         self.vcpu = vcpu
-        self.recent: deque[tuple[int, ...]] = deque(maxlen=RECENT_EXITS)
+        self._fast = None if cells is None or PURE else fast.Runner(vcpu, cells)
+        self._recent: deque[Exit] = deque(maxlen=fast.RECENT)
         self._ports = ports
         self._mmio = mmio
         self._stop = stop
@@ -98,6 +105,15 @@ class VcpuThread:
         with self._change:
             return time.clock_gettime(time.pthread_getcpuclockid(self._ident)) if self._ident else 0.0
 
+    def recent(self) -> list[Exit]:
+        """The last exits, the latest last; for a vCPU that stands still, or whose exits need not be whole."""
+        return self._fast.recent() if self._fast is not None else list(self._recent.copy())
+
+    def close(self) -> None:
+        """Let go of the vCPU's kvm_run page; behind `join`, and before the vCPU is closed."""
+        if self._fast is not None:
+            self._fast.close()
+
     def _kick(self) -> None:
         """Out of KVM_RUN: the flag catches a thread on its way in, the signal one that is inside.
 
@@ -125,7 +141,7 @@ class VcpuThread:
             self._ident = threading.get_ident()
         try:
             if self._attend():  # somebody may have wanted something before the start
-                self._loop()
+                self._loop() if self._fast is None else self._fast_loop(self._fast)
         except BaseException as error:  # a device's bug, be it SystemExit: the machine stops, loudly
             self._stop(Stop(Reason.ERROR, f"{type(error).__name__} in a device: {error}", cause=error))
         finally:
@@ -135,48 +151,79 @@ class VcpuThread:
                 self._change.notify_all()
 
     def _loop(self) -> None:
-        fd, page, run, index = self.vcpu.fd, self.vcpu.page, self.vcpu.runner(), self.vcpu.index
-        unpack_io, unpack_mmio, put_data = exits.IO.unpack_from, exits.MMIO.unpack_from, exits.DATA.pack_into
-        ports, mmio, recent = self._ports, self._mmio, self.recent.append
-        EXIT_IO, EXIT_MMIO, UNION, MMIO_DATA = exits.EXIT_IO, exits.EXIT_MMIO, exits.UNION, exits.MMIO_DATA
+        """The reference: what `_fast_loop` does with the shim's help, in Python alone."""
+        fd, page, run = self.vcpu.fd, self.vcpu.page, self.vcpu.runner()
         while True:
             result = run(fd)
             if result < 0:
-                if result not in AGAIN:
-                    self._stop(Stop(Reason.CRASH, str(KvmError("KVM_RUN", f"vcpu {index}", -result))))
-                    return
-                if not self._attend():
+                if not self._interrupted(result):
                     return
                 continue
-            fields = unpack_io(page)
-            reason, is_out, size, port, count, at = fields
-            if reason == EXIT_IO:
-                recent(fields)
-                if size == count == 1:  # nearly all of them
-                    if is_out:
-                        ports.write(port, 1, page[at])
-                    else:
-                        page[at] = ports.read(port, 1)
-                    continue
-                for here in range(at, at + size * count, size):  # string instructions bring up to a page of elements
-                    if is_out:
-                        ports.write(port, size, int.from_bytes(page[here : here + size], "little"))
-                    else:
-                        page[here : here + size] = ports.read(port, size).to_bytes(size, "little")
-            elif reason == EXIT_MMIO:
-                address, data, length, is_write = fields = unpack_mmio(page, UNION)
-                recent((EXIT_MMIO, *fields))
-                if is_write:
-                    mmio.write(address, length, data & ((1 << 8 * length) - 1))
-                else:
-                    put_data(page, MMIO_DATA, mmio.read(address, length))
-            elif reason == exits.EXIT_INTR:
-                if not self._attend():
-                    return
-            else:
-                recent(fields)
-                self._stop(self._last_exit(reason))
+            self._recent.append(exits.summary(page))
+            if not self._handle():
                 return
+
+    def _fast_loop(self, runner: fast.Runner) -> None:
+        """The shim has decoded the exit and answered those that need no decision: see kvm/fast.py."""
+        fd, run, cpu = self.vcpu.fd, runner.run, runner.cpu
+        ports, mmio, slots = self._ports, self._mmio, self._ports.slots
+        OTHER, WRITE, MMIO = fast.OTHER, fast.WRITE, fast.MMIO
+        answer = 0
+        while True:
+            access = run(fd, cpu, answer)
+            if access < 0:
+                if not self._interrupted(access):
+                    return
+            elif access < WRITE:
+                slot = slots.get(access)
+                if slot is not None:
+                    read, _, offset, mask, lock = slot
+                    with lock:
+                        answer = read(offset, access & 15) & mask
+                else:
+                    bus = mmio if access & MMIO else ports
+                    answer = bus.read((access & ~MMIO) >> fast.ADDRESS_SHIFT, access & fast.SIZE)
+            elif access < OTHER:
+                slot = slots.get(access ^ WRITE)
+                if slot is not None:
+                    _, write, offset, _, lock = slot
+                    with lock:
+                        write(offset, access & 15, cpu.data)
+                else:
+                    bus = mmio if access & MMIO else ports
+                    bus.write((access & ~(MMIO | WRITE)) >> fast.ADDRESS_SHIFT, access & fast.SIZE, cpu.data)
+            elif not self._handle():
+                return
+
+    def _interrupted(self, result: int) -> bool:
+        """KVM_RUN has failed, which is how it ends when somebody wants something; False when it is time to end."""
+        if result in AGAIN:
+            return self._attend()
+        self._stop(Stop(Reason.CRASH, str(KvmError("KVM_RUN", f"vcpu {self.vcpu.index}", -result))))
+        return False
+
+    def _handle(self) -> bool:
+        """Do what the exit in the kvm_run page asks for; False when it was the vCPU's last one."""
+        page = self.vcpu.page
+        reason, is_out, size, port, count, at = exits.IO.unpack_from(page)
+        if reason == exits.EXIT_IO:
+            for here in range(at, at + size * count, size):  # string instructions bring up to a page of elements
+                if is_out:
+                    self._ports.write(port, size, int.from_bytes(page[here : here + size], "little"))
+                else:
+                    page[here : here + size] = self._ports.read(port, size).to_bytes(size, "little")
+            return True
+        if reason == exits.EXIT_MMIO:
+            address, data, length, is_write = exits.MMIO.unpack_from(page, exits.UNION)
+            if is_write:
+                self._mmio.write(address, length, data & ((1 << 8 * length) - 1))
+            else:
+                exits.DATA.pack_into(page, exits.MMIO_DATA, self._mmio.read(address, length))
+            return True
+        if reason == exits.EXIT_INTR:
+            return self._attend()
+        self._stop(self._last_exit(reason))
+        return False
 
     def _last_exit(self, reason: int) -> Stop:
         """What an exit means from which this vCPU does not come back."""

@@ -10,7 +10,7 @@ typedef uint16_t u16;
 typedef uint32_t u32;
 typedef uint64_t u64;
 
-enum { MAX_PHASES = 32, COM1 = 0x3f8 };
+enum { MAX_PHASES = 32, COM1 = 0x3f8, LINE_STATUS = COM1 + 5, CAN_SEND = 1 << 5 };
 
 struct phase {
     u32 kind, depth, bytes; /* what they mean is the guest's */
@@ -40,20 +40,60 @@ static inline u64 ticks(void)
 
 /* The serial line. */
 
-static inline void print(char c) { __asm__ volatile("outb %0, %1" ::"a"(c), "d"((u16)COM1)); }
+static inline void out(u16 port, u8 value) { __asm__ volatile("outb %0, %1" ::"a"(value), "d"(port)); }
 
-static void phase_begins(void)
+static inline u8 in(u16 port)
+{
+    u8 value;
+    __asm__ volatile("inb %1, %0" : "=a"(value) : "d"(port));
+    return value;
+}
+
+static inline void print(char c)
+{
+    while (!(in(LINE_STATUS) & CAN_SEND))
+        ;
+    out(COM1, c);
+}
+
+static inline void phase_begins(void)
 {
     print('B');
     print('\n');
 }
 
-static void phase_ends(u32 operations)
+static inline void phase_ends(u32 operations)
 {
     print('E');
     for (int shift = 28; shift >= 0; shift -= 4)
         print("0123456789abcdef"[operations >> shift & 15]);
     print('\n');
+}
+
+/* The other CPUs (start.S, ap_start): each reads a port for ever, and counts. */
+
+enum { AP_PAGE = 0x8000, AP_PORT = AP_PAGE + 0x804, AP_COUNTS = AP_PAGE + 0x80c, MAX_CPUS = 64 };
+enum { LAPIC_ICR = 0xfee00300, OTHERS_INIT = 0xc4500, OTHERS_STARTUP = 0xc4600 };
+
+extern const u8 ap_start[], ap_end[];
+
+static inline void start_others(u16 port)
+{
+    for (u32 i = 0; i < (u32)(ap_end - ap_start); i++)
+        ((volatile u8 *)AP_PAGE)[i] = ap_start[i];
+    for (u32 i = 0; i < MAX_CPUS + 3; i++)
+        ((volatile u32 *)(AP_PAGE + 0x800))[i] = 0;
+    *(volatile u16 *)AP_PORT = port;
+    *(volatile u32 *)LAPIC_ICR = OTHERS_INIT;
+    *(volatile u32 *)LAPIC_ICR = OTHERS_STARTUP | AP_PAGE >> 12;
+}
+
+static inline u32 others_count(void)
+{
+    u32 sum = 0;
+    for (u32 i = 0; i < MAX_CPUS; i++)
+        sum += ((volatile u32 *)AP_COUNTS)[i];
+    return sum;
 }
 
 /* Virtio over MMIO (VIRTIO 1.2, 4.2). */
@@ -76,8 +116,11 @@ enum {
     NEXT = 1,
     WRITE = 2,
     INDIRECT = 4,
-    QUEUE = 256, /* entries */
 };
+
+#ifndef QUEUE
+#define QUEUE 256 /* entries; a power of two that no monitor finds too many */
+#endif
 
 struct descriptor {
     u64 address;
@@ -99,14 +142,14 @@ struct queue {
         struct {
             u32 id, length;
         } ring[QUEUE];
-        u16 avail_event;
+        volatile u16 avail_event;
     } used __attribute__((aligned(4)));
 } __attribute__((aligned(4096)));
 
 static inline void put(u32 offset, u32 value) { *(volatile u32 *)(u64)(parameters.device + offset) = value; }
 static inline u32 get(u32 offset) { return *(volatile u32 *)(u64)(parameters.device + offset); }
 
-static void device_begin(u32 features)
+static inline void device_begin(u32 features)
 {
     put(STATUS, 0);
     put(STATUS, 1);
@@ -118,7 +161,7 @@ static void device_begin(u32 features)
     put(STATUS, 0xb);
 }
 
-static void device_queue(u32 index, struct queue *queue)
+static inline void device_queue(u32 index, struct queue *queue)
 {
     put(QUEUE_SEL, index);
     put(QUEUE_NUM, QUEUE);
@@ -132,7 +175,7 @@ static void device_queue(u32 index, struct queue *queue)
 }
 
 /* The driver is up; a device that needs a reset, or never came up, ends the guest. */
-static void device_end(void)
+static inline void device_end(void)
 {
     put(STATUS, 0xf);
     if ((get(STATUS) & 0xcf) != 0xf) {
@@ -140,6 +183,13 @@ static void device_end(void)
         for (;;)
             __asm__ volatile("cli; hlt");
     }
+}
+
+/* Which entry of the ring is which descriptor: the same ones, for ever. */
+static inline void ring_is(struct queue *queue)
+{
+    for (u32 i = 0; i < QUEUE; i++)
+        queue->avail.ring[i] = i;
 }
 
 /* Publish the next `count` entries, whatever their descriptors say, and wait until all are used. */

@@ -4,14 +4,11 @@
  */
 #include "bench.h"
 
-enum { LINE_STATUS = COM1 + 5, SCRATCH = COM1 + 7, POST = 0x80, DEVICE_FEATURES_SEL = 0x14, STRING = 64 };
+enum { SCRATCH = COM1 + 7, POST = 0x80, DEVICE_FEATURES_SEL = 0x14, STRING = 64 };
 enum kind { READ_LINE_STATUS, WRITE_POST, READ_SCRATCH, WRITE_SCRATCH, READ_MMIO, WRITE_MMIO, WRITE_STRING, NOTIFY };
 
 static struct queue queue;
 static u8 string[STRING];
-
-static inline void in(u16 port) { __asm__ volatile("inb %0, %%al" ::"d"(port) : "eax"); }
-static inline void out(u16 port) { __asm__ volatile("outb %%al, %0" ::"d"(port), "a"(0)); }
 
 static inline void out_string(u16 port)
 {
@@ -23,9 +20,9 @@ static inline void out_string(u16 port)
 /* One loop for each kind, so that there is nothing else in it; the time is looked at now and then. */
 #define REPEAT(operation)              \
     do {                               \
-        for (int i = 0; i < 128; i++) \
+        for (int i = 0; i < 32; i++) \
             operation;                 \
-        done += 128;                   \
+        done += 32;                    \
     } while (ticks() < end)
 
 static u32 run(enum kind kind, u64 length)
@@ -37,13 +34,13 @@ static u32 run(enum kind kind, u64 length)
         REPEAT(in(LINE_STATUS));
         break;
     case WRITE_POST:
-        REPEAT(out(POST));
+        REPEAT(out(POST, 0));
         break;
     case READ_SCRATCH:
         REPEAT(in(SCRATCH));
         break;
     case WRITE_SCRATCH:
-        REPEAT(out(SCRATCH));
+        REPEAT(out(SCRATCH, 0));
         break;
     case READ_MMIO:
         REPEAT(get(0));

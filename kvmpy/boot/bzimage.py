@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..core.errors import ImageError
 from ..core.memory import GuestMemory
+from ..core.record import Record
 from ..x86 import layout
 from . import cmdline, params
 from .params import SECTOR, XLF_KERNEL_64, SetupHeader
@@ -22,8 +21,7 @@ def is_bzimage(data: memoryview) -> bool:
     return bytes(data[0x202:0x206]) == b"HdrS"
 
 
-@dataclass(frozen=True)
-class BzImage:
+class BzImage(Record, frozen=True):
     """A checked bzImage; fields that its protocol version does not have are as that version means them."""
 
     header: SetupHeader

@@ -6,7 +6,6 @@ time, nothing else. A file is a 64-byte record (magic, length, SHA-256 of the co
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections.abc import Callable
@@ -28,7 +27,7 @@ def folder() -> Path:
 def recall(source: memoryview, make: Callable[[], bytes]) -> bytes:
     """What `make()` made of `source` the last time, or makes now."""
     try:
-        path = folder() / hashlib.sha256(source).hexdigest()
+        path = folder() / _sha256(source).hex()
     except RuntimeError:  # no home directory
         return make()
     content = _read(path)
@@ -51,7 +50,7 @@ def _read(path: Path) -> bytes | None:
             content = file.read()
     except OSError:
         return None
-    return content if hashlib.sha256(content).digest() == digest else None
+    return content if _sha256(content) == digest else None
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -66,7 +65,7 @@ def _write(path: Path, content: bytes) -> None:
     temporary = Path(name)
     try:
         with open(handle, "wb") as file:
-            file.write(RECORD.pack(MAGIC, len(content), hashlib.sha256(content).digest()))
+            file.write(RECORD.pack(MAGIC, len(content), _sha256(content)))
             file.write(content)
         temporary.replace(path)
         _prune(path.parent)
@@ -80,3 +79,9 @@ def _prune(where: Path) -> None:
     newest = sorted(where.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in newest[KEEP:]:
         path.unlink(missing_ok=True)
+
+
+def _sha256(data: bytes | memoryview) -> bytes:
+    import hashlib  # loads OpenSSL, which a kernel that is not compressed does without
+
+    return hashlib.sha256(data).digest()

@@ -10,11 +10,11 @@ import shutil
 import stat
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from ..core.errors import ConfigError, ImageError, NotFoundError
+from ..core.record import Record
 
 MAGIC = b"070701"
 MAGIC_CRC = b"070702"  # the same with a checksum that Linux ignores
@@ -28,8 +28,7 @@ MAX_FILE = (1 << 32) - 1
 MAX_ENTRIES = 1 << 20  # an archive of headers alone must not cost minutes; the largest real initrds have some 10,000
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Record, frozen=True):
     """One file: `name` without a leading slash, `mode` with its type bits (stat.S_IFREG ...).
 
     data  the content, the target of a symbolic link, or the host's file to take the content from

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ..core.errors import ImageError
+from ..core.record import Record
 from ..core.wire import Wire, b16, u16, u32, u64
 from .placement import Segment, check_segments, round_up
 
@@ -111,8 +111,7 @@ class NoteHeader(Wire):
     type: u32
 
 
-@dataclass(frozen=True)
-class Elf:
+class Elf(Record, frozen=True):
     """A checked ELF kernel."""
 
     data: memoryview

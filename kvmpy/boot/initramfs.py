@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from ..core import progress
 from ..core.errors import ConfigError, HostError, NotFoundError
 from . import cpio, payload, programs
 from . import modules as kernel_modules
@@ -82,6 +83,17 @@ def build(
     modules  names of kernel modules to load first, from `modules_dir`, with all that they need
     Raises ConfigError, NotFoundError, ImageError and HostError.
     """
+    with progress.working("making the initramfs"):
+        return _build(exec, files, busybox, modules, modules_dir)
+
+
+def _build(
+    exec: str | None,
+    files: Sequence[tuple[Path, str]],
+    busybox: Path | Literal["auto"] | None,
+    modules: Sequence[str],
+    modules_dir: Path | None,
+) -> bytes:
     tree = _Tree()
     tree.add_base()
     if busybox == "auto":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from ..core.errors import ConfigError, ImageError
 from ..core.memory import GuestMemory
+from ..core.record import Record, replace
 from ..x86.layout import GIB
 from . import bzimage, elf, files, flat, identify, linux64, multiboot, payload, pvh
 from .spec import BootSpec, EntryPoint
@@ -19,8 +19,7 @@ USE_DECOMPRESSOR = "use --boot decompressor"
 NO_KASLR = "skips the kernel's own decompressor and with it KASLR, which --boot decompressor keeps"
 
 
-@dataclass(frozen=True)
-class KernelImage:
+class KernelImage(Record, frozen=True):
     """A kernel file's content; parsed when asked, once."""
 
     path: str
@@ -55,8 +54,7 @@ class KernelImage:
         return not (bzimage.is_bzimage(data) or elf.is_elf(data) or multiboot.find(data) is not None)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Record, frozen=True):
     """A protocol that fits an image, why it was taken, and what does it."""
 
     protocol: str

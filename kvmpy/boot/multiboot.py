@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from ..core.errors import ImageError
 from ..core.memory import GuestMemory
+from ..core.record import Record
 from ..core.wire import Wire, b16, u32, u64
 from ..x86 import layout
 from . import elf
@@ -82,8 +82,7 @@ MEMORY_MAP = layout.MULTIBOOT_INFO + 0xA0
 MEMORY_MAP_MAX = (layout.PAGE - 0xA0) // MemoryMapEntry.SIZE
 
 
-@dataclass(frozen=True)
-class Multiboot:
+class Multiboot(Record, frozen=True):
     """A checked Multiboot kernel."""
 
     entry: int

@@ -6,6 +6,7 @@ import struct
 import sys
 from typing import Any
 
+from ..core import progress
 from ..core.errors import ImageError
 from ..core.wire import Buffer
 from ..x86.layout import GIB, MIB
@@ -63,7 +64,8 @@ def decompress(data: memoryview, limit: int = MAX) -> bytes:
 
 def _decompress(name: str, data: memoryview, limit: int) -> bytes:
     try:
-        content, rest = DECODERS[name](data, limit)
+        with progress.working("decompressing the kernel"):
+            content, rest = DECODERS[name](data, limit)
     except ValueError as error:
         raise ImageError(f"its {name} data {error}", AGAIN) from None
     except ImportError as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ..core.errors import ConfigError, GuestMemoryError, ImageError
 from ..core.memory import GuestMemory
+from ..core.record import Record
 from ..core.wire import Buffer
 from ..x86 import layout
 from ..x86.layout import MIB, PAGE
@@ -15,8 +15,7 @@ from . import cmdline
 from .spec import BootSpec
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(Record, frozen=True):
     """`content` goes to guest address `base`; the `size` bytes from there on are the image's, the rest is zero."""
 
     base: int

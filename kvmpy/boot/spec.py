@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 
+from ..core.record import Record, fresh
 from ..x86.layout import Span
 
 
@@ -17,8 +17,7 @@ class Mode(Enum):
     LONG = "64-bit long mode, identity-mapped"
 
 
-@dataclass(frozen=True)
-class BootSpec:
+class BootSpec(Record, frozen=True):
     """Everything besides the image that goes into guest memory."""
 
     ram_size: int
@@ -28,12 +27,11 @@ class BootSpec:
     rsdp: int = 0  # guest address of the ACPI root pointer, 0 for none
 
 
-@dataclass(frozen=True)
-class EntryPoint:
+class EntryPoint(Record, frozen=True):
     """Where and how the boot CPU starts; `registers` are the general registers that the protocol fixes."""
 
     protocol: str  # "pvh", "linux64", "decompressor", "multiboot" or "flat"
     mode: Mode
     rip: int
-    registers: dict[str, int] = field(default_factory=dict)
+    registers: dict[str, int] = fresh(default_factory=dict)
     why: str = ""  # how the protocol was chosen, for people

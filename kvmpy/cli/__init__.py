@@ -21,14 +21,17 @@ import argparse
 import errno
 import os
 import sys
+from functools import cache
 from importlib import import_module
 from typing import NoReturn
 
+from ..core import progress
 from ..core.errors import ConfigError, HostError, KvmpyError
 from ..core.text import escaped
 
 VERBS = {
     "boot": "boot a kernel and connect to its console",
+    "config": "print the machine that options describe, as YAML",
     "doctor": "tell what this host can do, and the remedy for what it cannot",
     "inspect": "tell how a kernel image can be booted",
     "initrd": "make an initramfs",
@@ -85,12 +88,27 @@ def _dispatch(argv: list[str]) -> int:
     parser = Parser(
         prog=f"kvmpy {verb}",
         description=(module.__doc__ or "").strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_formatter,
         allow_abbrev=False,  # or a script that abbreviates breaks when an option is added
     )
     module.add_arguments(parser)
+    progress.show()
     status: int = module.run(parser.parse_args(argv[1:]))
     return status
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """argparse makes one for each option, and would ask each time how wide the terminal is."""
+    width = int(os.environ.get("COLUMNS", 0) or _columns()) - 2
+    return argparse.RawDescriptionHelpFormatter(prog, width=width)
+
+
+@cache
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
 
 
 def _usage() -> str:

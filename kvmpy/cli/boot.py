@@ -7,17 +7,16 @@ On a terminal, Ctrl-a x quits and Ctrl-a h shows the other keys.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..config import MachineConfig
 from ..console import Console, Endpoint
 from ..core.board import Reason, Stop
 from ..core.errors import ConfigError
@@ -26,7 +25,7 @@ from ..core.log import LEVELS, log
 from ..host import endpoint
 from ..host.tty import Key
 from ..machine import Machine
-from . import tell
+from . import settings, tell
 
 STATUS = {
     Reason.POWEROFF: 0,
@@ -46,45 +45,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    settings.add_arguments(parser)
     add = parser.add_argument
-    add("image", nargs="?", metavar="KERNEL", help="kernel image, as with --kernel")
-    add("-k", "--kernel", metavar="FILE", help="bzImage, ELF vmlinux, multiboot or flat image")
-    add("-i", "--initrd", metavar="FILE", action="append", help="initial RAM disk; several are concatenated")
-    add("-m", "--mem", metavar="SIZE", default="512M", help="memory, e.g. 512M or 2G; no suffix: MiB (default 512M)")
-    add("-c", "--cpus", metavar="N", default="1", help="number of virtual CPUs (default 1)")
-    add("--cmdline", metavar="WORDS", help="the kernel's command line, instead of the default one")
-    add("--append", "--params", metavar="WORDS", action="append", default=[], help="words behind the command line")
-    add("--boot", metavar="PROTOCOL", default="auto", help="auto, pvh, linux64, decompressor, multiboot or flat")
-    add("--exec", metavar="CMD", help="shell command, or file with a script, for the built-in initramfs to run")
-    add("--modules-dir", metavar="DIR", help="the kernel's modules, for the built-in initramfs (default: beside it)")
-    add("--console", metavar="KIND", default="serial", help="the kernel's console: serial (default) or virtio (hvc0)")
-    add("--transport", metavar="BUS", default="mmio", help="how virtio devices are connected: mmio (default) or pci")
-    add(
-        "-d",
-        "--disk",
-        metavar="FILE[,OPTION=...]",
-        action="append",
-        default=[],
-        help="a disk: virtio-blk,path=FILE,...",
-    )
-    add(
-        "-n",
-        "--net",
-        metavar="KIND[,OPTION=...]",
-        action="append",
-        default=[],
-        help="a network: user, tap=NAME, socket=PATH",
-    )
-    add("--publish", metavar="[IP:]HOST:GUEST[/udp]", action="append", default=[], help="a port of a --net user")
-    add(
-        "--device",
-        metavar="NAME[,OPTION=...]",
-        action="append",
-        default=[],
-        help="a device, or FILE.py:CLASS of your own",
-    )
-    add("--serial", metavar="WHERE", help=f"where the console ends: {endpoint.KINDS} (default stdio)")
-    add("--timeout", metavar="S", help="stop after S seconds, with status 124")
     add("--json", action="store_true", help="print the outcome, console text included, as JSON")
     add("-v", "--verbose", action="count", default=0, help="tell what is done and why; twice: every unmapped access")
     add("-q", "--quiet", action="store_true", help="no crash report")
@@ -93,31 +55,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.verbose:
         log.threshold = LEVELS["debug" if args.verbose > 1 else "info"]
-    if args.image and args.kernel:
-        raise ConfigError("two kernels are given", "name one, with or without --kernel")
-    if args.json and args.serial == "stdio":
+    told = settings.of(args)
+    serial = told.get("serial", "null" if args.json else "stdio")
+    if args.json and serial == "stdio":
         raise ConfigError("--json and --serial stdio both want standard output", "leave one of them out")
-    timeout = parse_seconds(args.timeout)
-    config = MachineConfig.of(
-        kernel=args.kernel or args.image,
-        initrd=args.initrd,
-        mem=args.mem,
-        cpus=args.cpus,
-        cmdline=args.cmdline,
-        append=[*root_words(args), *args.append],
-        environment=terminal_words(),
-        boot=args.boot,
-        exec=command(args.exec),
-        modules_dir=args.modules_dir,
-        console=args.console,
-        transport=args.transport,
-        devices=devices(args.disk, args.net, args.publish, args.device),
-    )
-    kind, path = endpoint.parse(args.serial or ("null" if args.json else "stdio"))
+    timeout = parse_seconds(told.get("timeout"))
+    config = settings.machine_config(told, terminal_words())
+    kind, path = endpoint.parse(serial)
     machine = Machine(config, endpoint=lambda loop, console: open_endpoint(kind, path, loop, console, machine))
     previous = {number: signal.signal(number, _stopper(machine)) for number in SIGNALS}
+    if kind == "stdio":
+        previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: tell_size(machine))
     try:
         machine.start()
+        if kind == "stdio":
+            tell_size(machine)
         stop = machine.wait(timeout)
         report, facts = "", None
         if stop.reason in REPORTED:
@@ -131,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
             signal.signal(number, handler)
     status = exit_status(stop, asked_for_status=config.exec is not None)
     if args.json:
+        import json  # not needed by most
+
         print(json.dumps(_outcome(machine, stop, status) | {"report": facts}))
     if not report and (args.verbose or (sys.stderr.isatty() and not args.quiet and config.exec is None)):
         report = f"kvmpy: {stop}"
@@ -141,39 +95,6 @@ def run(args: argparse.Namespace) -> int:
         fresh_line = "\n" if on_one_terminal and not machine.console.text.endswith(("\n", "\r")) else ""
         tell(fresh_line + report)
     return status
-
-
-def root_words(args: argparse.Namespace) -> list[str]:
-    """The first disk is where Linux goes on from, unless the user says otherwise."""
-    told = args.cmdline is not None or args.exec is not None or any("root=" in words for words in args.append)
-    return ["root=/dev/vda rw"] if args.disk and not told else []
-
-
-def devices(disks: list[str], nets: list[str], published: list[str], others: list[str]) -> list[str]:
-    """The short forms written out: all devices as --device has them, disks first."""
-    if published and "user" not in [net.partition(",")[0] for net in nets]:
-        nets = ["user", *nets]
-    found = [f"virtio-blk,path={disk}" for disk in disks]
-    for net in nets:
-        kind, comma, options = net.partition(",")
-        kind, _, value = kind.partition("=")
-        text = f"virtio-net,backend={kind}"
-        if value:
-            text += f",{'name' if kind == 'tap' else 'path'}={value}"
-        if kind == "user" and published:
-            text += f",publish={'+'.join(published)}"
-            published = []
-        found.append(text + comma + options)
-    return found + others
-
-
-def command(text: str | None) -> str | None:
-    """What --exec means: the command itself, or the script in the file of that name."""
-    if text is None:
-        return None
-    from ..boot.initramfs import read_command
-
-    return read_command(text)
 
 
 def exit_status(stop: Stop, *, asked_for_status: bool) -> int:
@@ -193,6 +114,13 @@ def terminal_words() -> list[str]:
         return []
     size = os.get_terminal_size(1)
     return [f"TERM={os.environ.get('TERM', 'linux')}", f"LINES={size.lines}", f"COLUMNS={size.columns}"]
+
+
+def tell_size(machine: Machine) -> None:
+    """How large the user's terminal is now, for a console that has a size."""
+    with suppress(OSError):  # no terminal
+        size = os.get_terminal_size(1)
+        machine.resize_console(size.columns, size.lines)
 
 
 def parse_seconds(text: str | None) -> float | None:
@@ -231,7 +159,9 @@ def open_endpoint(kind: str, path: Path | None, loop: EventLoop, console: Consol
     if path is not None:
         if kind == "file":
             return endpoint.File(loop, path, console.sent)
-        return endpoint.UnixSocket(loop, path, console.received, console.sent)
+        from ..host.unix_socket import UnixSocket  # not needed by most
+
+        return UnixSocket(loop, path, console.received, console.sent)
     return None
 
 

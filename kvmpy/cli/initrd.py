@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from typing import Literal
 
     from ..boot import initramfs, kernels
+    from ..core import progress
     from ..core.errors import HostError, NotFoundError
 
     modules_dir = Path(args.modules_dir) if args.modules_dir else None
@@ -68,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         modules_dir=modules_dir,
     )
     try:
-        Path(args.output).write_bytes(initramfs.compress(data, args.compress))
+        with progress.working(f"compressing {args.output}"):
+            compressed = initramfs.compress(data, args.compress)
+        Path(args.output).write_bytes(compressed)
     except OSError as error:
         raise HostError(f"cannot write {args.output}: {error.strerror}", "give -o a file that can be written") from None
     return 0

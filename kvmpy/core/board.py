@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
 from .bus import BusDevice
+from .cell import Cell
 from .events import EventLoop
 from .irq import IrqLine, Message
 from .memory import GuestMemory
+from .record import Record
+from .sink import Sink
 
 
 class Reason(Enum):
@@ -29,8 +31,7 @@ class Reason(Enum):
     ERROR = "kvmpy failed"
 
 
-@dataclass(frozen=True)
-class Stop:
+class Stop(Record, frozen=True):
     """A request to stop the machine; the first one made is the one that counts.
 
     `status` is the number that goes with EXIT (the guest's own status) and SIGNAL (the signal); `cause` is the
@@ -64,6 +65,11 @@ class Board(Protocol):
 
     def mmio(self, size: int, device: BusDevice, base: int | None = None) -> int:
         """Give `size` bytes of MMIO to `device`, at `base` or wherever there is room; returns where."""
+
+    def cell(self, address: int, size: int, *, mmio: bool = False, sink: Sink | None = None) -> Cell:
+        """Where the device says what it would do at a port or MMIO address, so that it need not be asked.
+
+        A WRITE_STREAM goes to `sink`."""
 
     def irq(self, gsi: int | None = None) -> IrqLine:
         """Interrupt line `gsi`, or one that is free."""

@@ -51,11 +51,20 @@ class Bus:
     `unmapped(address, size, value)` is told of every access that no device answers (value None for a read).
     """
 
-    def __init__(self, name: str, unmapped: Callable[[int, int, int | None], None] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        unmapped: Callable[[int, int, int | None], None] | None = None,
+        *,
+        slots: dict[int, Slot] | None = None,
+        tag: int = 0,
+    ) -> None:
+        """Buses may share `slots`, the memo of resolved accesses, by size | address << 4 | tag."""
         self.name = name
         self.ranges: list[Range] = []
+        self.slots: dict[int, Slot] = {} if slots is None else slots
+        self._tag = tag
         self._unmapped = unmapped
-        self._slots: dict[int, Slot] = {}
         self._changing = threading.Lock()  # a leaf: held while `ranges` is replaced
 
     def add(self, base: int, size: int, device: BusDevice) -> None:
@@ -83,11 +92,11 @@ class Bus:
             if len(kept) == len(self.ranges):
                 raise ValueError(f"{self.name}: nothing begins at {base:#x}")
             self.ranges = kept
-            self._slots = {}  # behind `ranges`: see _resolve
+            self.slots.clear()  # behind `ranges`: see _resolve
 
     def read(self, address: int, size: int) -> int:
         """The value at `address`, masked to `size` bytes."""
-        slot = self._slots.get(address << 4 | size) or self._resolve(address, size)
+        slot = self.slots.get(size | address << 4 | self._tag) or self._resolve(address, size)
         if slot is None:
             if self._unmapped is not None:
                 self._unmapped(address, size, None)
@@ -97,7 +106,7 @@ class Bus:
 
     def write(self, address: int, size: int, value: int) -> None:
         """Write the low `size` bytes of `value` at `address`."""
-        slot = self._slots.get(address << 4 | size) or self._resolve(address, size)
+        slot = self.slots.get(size | address << 4 | self._tag) or self._resolve(address, size)
         if slot is None:
             if self._unmapped is not None:
                 self._unmapped(address, size, value)
@@ -107,13 +116,15 @@ class Bus:
 
     def _resolve(self, address: int, size: int) -> Slot | None:
         """Find the device that answers all of the access; one that straddles its end is unmapped."""
-        slots = self._slots  # before `ranges`: what is found in old ones must not be remembered among new slots
         ranges = self.ranges
         index = bisect_right(ranges, address, key=lambda r: r.base) - 1
         if index < 0 or address + size > ranges[index].end:
             return None
         base, _, device = ranges[index]
         slot = Slot(device.read, device.write, address - base, (1 << 8 * size) - 1, device.lock)
-        if len(slots) < MAX_RESOLVED:
-            slots[address << 4 | size] = slot
+        if len(self.slots) < MAX_RESOLVED:
+            key = size | address << 4 | self._tag
+            self.slots[key] = slot
+            if self.ranges is not ranges:  # the device may have gone meanwhile: what it left must not be remembered
+                self.slots.pop(key, None)
         return slot

@@ -6,15 +6,14 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from .errors import GuestMemoryError, HostError
+from .record import Record
 
 MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module names it only from Python 3.13 on
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(Record, frozen=True):
     """RAM that is contiguous in guest-physical space: `buf` is its bytes, at `offset` in the memfd."""
 
     gpa: int

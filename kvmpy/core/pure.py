@@ -1,4 +1,4 @@
-"""Whether Python does everything itself: with KVMPY_PURE=1 in the environment, no hot path goes to its twin in C."""
+"""Whether the compiled twins of Python code stay unused, because the environment says KVMPY_PURE=1."""
 
 from __future__ import annotations
 

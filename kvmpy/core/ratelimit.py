@@ -19,6 +19,7 @@ from .errors import ConfigError
 from .events import EventLoop
 
 BURST = 0.1  # seconds: what a bucket saves up while nothing happens
+LEAST_WAIT = 0.005  # seconds: small operations go in batches after it, or each would cost a timer; shorter than a burst
 UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
 BANDWIDTH = re.compile(r"([0-9]{1,15})([KMG]?)", re.ASCII | re.IGNORECASE)
 
@@ -32,11 +33,11 @@ def parse_bandwidth(text: str | int) -> int:
 
 
 class TokenBucket:
-    """Gets `rate` tokens a second and holds BURST seconds' worth of them, at least one."""
+    """Gets `rate` tokens a second and holds `burst` seconds' worth of them, at least one."""
 
-    def __init__(self, rate: int, now: float) -> None:
+    def __init__(self, rate: int, now: float, burst: float = BURST) -> None:
         self._rate = rate
-        self._capacity = max(1.0, rate * BURST)
+        self._capacity = max(1.0, rate * burst)
         self._tokens = self._capacity
         self._filled = now
 
@@ -51,13 +52,20 @@ class RateLimit:
     """Both limits of one device. Called with the owner's lock held; so is `resume`, on the event loop."""
 
     def __init__(
-        self, loop: EventLoop, owner: Any, resume: Callable[[], None], *, bandwidth: int | None, iops: int | None
+        self,
+        loop: EventLoop,
+        owner: Any,
+        resume: Callable[[], None],
+        *,
+        bandwidth: int | None,
+        iops: int | None,
+        burst: float = BURST,
     ) -> None:
-        """`bandwidth` in bytes per second, `iops` in operations per second; None: no limit."""
+        """`bandwidth` in bytes per second, `iops` in operations per second (None: no limit), `burst` in seconds."""
         self._loop, self._owner, self._resume = loop, owner, resume
         now = loop.time()
-        self._bytes = None if bandwidth is None else TokenBucket(bandwidth, now)
-        self._operations = None if iops is None else TokenBucket(iops, now)
+        self._bytes = None if bandwidth is None else TokenBucket(bandwidth, now, burst)
+        self._operations = None if iops is None else TokenBucket(iops, now, burst)
         self.waiting = False  # nothing may begin until `resume` is called
 
     def spend(self, size: int) -> bool:
@@ -68,7 +76,7 @@ class RateLimit:
             wait = max(wait, self._bytes.spend(size, now))
         if wait > 0:
             self.waiting = True
-            self._loop.after(wait, self._paid, owner=self._owner)
+            self._loop.after(max(wait, LEAST_WAIT), self._paid, owner=self._owner)
         return not wait
 
     def _paid(self) -> None:

@@ -9,7 +9,8 @@ class Sink(Protocol):
     """Takes bytes from a device on a vCPU's thread, so it must not block and must not call the device.
 
     A sink that has said False gets nothing more until its owner has called the device's `drained`, with the
-    device's lock held.
+    device's lock held. One that has an attribute `stream` takes bytes from the compiled run loop as well
+    (kvm/fast.py).
     """
 
     def put(self, byte: int) -> bool:

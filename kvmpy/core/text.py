@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 
 # ECMA-48, 5.4, 5.6 and 5.5: control sequences (colours, cursor), control strings (titles), other escape sequences.
-ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
-UNUSUAL = re.compile(r"[^\n -~]")
+# Patterns are compiled when they are used: that takes longer than loading a module.
+ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
+UNUSUAL = r"[^\n -~]"
 
 
 def printable(text: str) -> str:
     """`text` as a terminal would leave it: without escape sequences and carriage returns, tabs expanded; `escaped`."""
-    return escaped(ESCAPES.sub("", text).replace("\r", "").expandtabs())
+    return escaped(re.sub(ESCAPES, "", text).replace("\r", "").expandtabs())
 
 
 def escaped(text: str) -> str:
     """`text` with characters that do not print as themselves shown as `\\x..`, newlines excepted."""
-    return UNUSUAL.sub(_shown, text)
+    return re.sub(UNUSUAL, _shown, text)
 
 
 def _shown(match: re.Match[str]) -> str:

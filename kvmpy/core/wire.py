@@ -15,9 +15,10 @@ All fields are little-endian and packed, as every structure that this project sh
 
 from __future__ import annotations
 
-import dataclasses
 import struct
-from typing import Annotated, Any, ClassVar, Self, dataclass_transform, get_type_hints, overload
+from typing import Annotated, Any, ClassVar, Self, overload
+
+from .record import Record
 
 Buffer = bytes | bytearray | memoryview
 
@@ -31,18 +32,19 @@ b8 = Annotated[bytes, "8s"]
 b16 = Annotated[bytes, "16s"]
 
 
-@dataclass_transform()
-class Wire:
+# Annotations are text at run time.
+CODES = {name: kind.__metadata__[0] for name, kind in list(globals().items()) if hasattr(kind, "__metadata__")}
+
+
+class Wire(Record):
     """Base of dense structs: a subclass lists its fields in order, each one of the types above."""
 
     LAYOUT: ClassVar[struct.Struct]
     SIZE: ClassVar[int]
 
     def __init_subclass__(cls) -> None:
-        dataclasses.dataclass(cls)
-        hints = get_type_hints(cls, include_extras=True)
-        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        cls.LAYOUT = struct.Struct("<" + "".join(hints[name].__metadata__[0] for name in names))
+        super().__init_subclass__()
+        cls.LAYOUT = struct.Struct("<" + "".join(CODES[cls.__annotations__[name]] for name in cls.FIELDS))
         cls.SIZE = cls.LAYOUT.size
 
     @classmethod

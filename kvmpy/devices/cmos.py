@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 from ..core.board import Board
@@ -190,6 +189,8 @@ class Cmos(RegisterDevice, span=2):
 
     def _read_time(self) -> int:
         """Seconds since 1970 of the time in the memory; raises ValueError when there is no such time."""
+        from datetime import UTC, datetime  # not needed before a guest sets the clock
+
         hours = self.memory[At.HOURS]
         if not self.REG_B & REG_B.HOURS_24:
             on_dial = self._decode(hours & ~PM)

@@ -8,6 +8,7 @@ dropped and counted, so a hostile guest can lose only its own output.
 from __future__ import annotations
 
 from ..core.board import Board
+from ..core.cell import READ_VALUE, WRITE_STREAM, Cell
 from ..core.regs import Reg, RegisterDevice
 from ..core.sink import Sink
 
@@ -22,18 +23,25 @@ class Debugcon(RegisterDevice, span=1):
 
     def __init__(self, sink: Sink, port: int) -> None:
         self.port = port
+        self._sink = sink
         self._put = sink.put
         self._full = False
+        self._cell = Cell()
 
     def attach(self, board: Board) -> None:
         board.pio(self.port, self.SPAN, self)
+        self._cell = board.cell(self.port, self.SPAN, sink=self._sink)
+        self._cell.value = PRESENT
+        self._cell.kinds = READ_VALUE | WRITE_STREAM
 
     def write_BYTE(self, value: int) -> None:
         if self._full:
             self.DROPPED += 1
         else:
             self._full = not self._put(value)
+            self._cell.kinds = READ_VALUE if self._full else READ_VALUE | WRITE_STREAM
 
     def drained(self) -> None:
         """The sink has room again; called with `lock` held."""
         self._full = False
+        self._cell.kinds = READ_VALUE | WRITE_STREAM

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..core.board import Board
+from ..core.cell import READ_VALUE, WRITE_SEEN, Cell
 from ..core.regs import Reg, RegisterDevice
 
 KERNEL_START, USER_START = 0x40, 0x41
@@ -30,17 +31,29 @@ class PostCodes(RegisterDevice, span=1):
         self.start = clock()
         self.first: dict[int, int] = {}
         self._clock = clock
+        self._cell = Cell()
 
     def attach(self, board: Board) -> None:
         self.start = self._clock()
         board.pio(self.port, self.SPAN, self)
+        self._cell = board.cell(self.port, self.SPAN)
+        self._cell.kinds = READ_VALUE | WRITE_SEEN
+
+    def read_CODE(self) -> int:
+        return self._cell.value
 
     def write_CODE(self, value: int) -> None:
-        self.CODE = value
         if value not in self.first:
             self.first[value] = self._clock() - self.start
+            self._cell.seen[value // 8] |= 1 << value % 8
+        self._cell.value = value
+
+    def reset(self) -> None:
+        super().reset()
+        self._cell.value = self.CODE
 
     def state(self) -> dict[str, Any]:
+        self.CODE = self._cell.value
         return super().state() | {"first": [[code, when] for code, when in self.first.items()]}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -49,3 +62,6 @@ class PostCodes(RegisterDevice, span=1):
             raise ValueError(f"PostCodes: state has first={first!r}")
         super().restore(state)
         self.first = {int(code): int(when) for code, when in first}
+        for at in range(len(self._cell.seen)):
+            self._cell.seen[at] = sum(1 << bit for bit in range(8) if 8 * at + bit in self.first)
+        self._cell.value = self.CODE

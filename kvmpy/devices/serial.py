@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 from ..core.board import Board
+from ..core.cell import READ_VALUE, WRITE_STREAM, Cell
 from ..core.irq import IrqLine
 from ..core.regs import Bits, Field, Reg, RegisterDevice, bit
 from ..core.sink import Sink
@@ -146,6 +147,7 @@ class Serial(RegisterDevice, span=8):
     DROPPED = Reg(None)
 
     def __init__(self, sink: Sink | None, port: int, gsi: int) -> None:
+        self._sink = sink
         self.port = port
         self.gsi = gsi
         self.on_room: Callable[[], None] | None = None
@@ -154,11 +156,15 @@ class Serial(RegisterDevice, span=8):
         self._tx: deque[int] = deque()  # used only while the sink is full
         self._sink_full = False
         self._short = False  # `receive` has refused something
+        self._cells = {name: Cell() for name in ("THR", "IIR", "LSR", "MSR")}
         self._irq: IrqLine
 
     def attach(self, board: Board) -> None:
         self._irq = board.irq(self.gsi)
         board.pio(self.port, self.SPAN, self)
+        for name in self._cells:
+            self._cells[name] = board.cell(self.port + (self.REGISTERS[name].offset or 0), 1, sink=self._sink)
+        self._publish()
 
     # The host's side.
 
@@ -187,6 +193,7 @@ class Serial(RegisterDevice, span=8):
         if not self._sink_full:
             self.LSR |= LSR.IDLE
             self._thr_empty()
+        self._publish()
 
     @property
     def listening(self) -> bool:
@@ -264,6 +271,7 @@ class Serial(RegisterDevice, span=8):
     def write_LCR(self, value: int) -> None:
         self.LCR = value
         self.select_bank(DIVISOR if value & LCR.DLAB else 0)
+        self._publish()
 
     def write_MCR(self, value: int) -> None:
         listened = self.listening
@@ -355,6 +363,19 @@ class Serial(RegisterDevice, span=8):
         # A loopback takes the modem outputs off their pins, OUT2 with them (8.8).
         gate = self.MCR & (MCR.OUT2 | MCR.LOOP) == MCR.OUT2
         self._irq.set(gate and source != Source.NONE)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Into the cells what these registers would do now: nearly all that a kernel asks while it prints."""
+        cells = self._cells
+        plain = not (self.MCR & MCR.LOOP or self.LCR & LCR.DLAB or self.IER & IER.ETBEI or self._sink_full)
+        cells["THR"].kinds = WRITE_STREAM if plain else 0
+        cells["IIR"].value = self.IIR
+        cells["IIR"].kinds = 0 if IIR.ID.of(self.IIR) == Source.THR_EMPTY else READ_VALUE
+        cells["LSR"].value = self.LSR
+        cells["LSR"].kinds = 0 if self.LSR & LSR.READ_CLEARS else READ_VALUE
+        cells["MSR"].value = self.MSR
+        cells["MSR"].kinds = 0 if self.MSR & MSR.DELTAS else READ_VALUE
 
     def _tell_room(self) -> None:
         if self._short and not self._rx and not self.MCR & MCR.LOOP:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,73 +109,6 @@ class File:
         self._writer.close()
 
 
-class UnixSocket:
-    """A listening socket at `path`, one client at a time; without one, output goes nowhere."""
-
-    def __init__(self, loop: EventLoop, path: Path, received: Received, sent: Sent) -> None:
-        self._loop, self._path, self._received, self._sent = loop, path, received, sent
-        self._client: socket.socket | None = None
-        self._writer: Writer | None = None
-        self._reader: Reader | None = None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and _nobody_listens(path):
-                path.unlink()
-            self._socket.bind(str(path))
-            path.chmod(0o600)
-            self._socket.listen(1)
-        except OSError as error:
-            self._socket.close()
-            raise HostError(f'cannot listen on "{path}": {error.strerror or error}', "name another path") from None
-        loop.add(self._socket.fileno(), self._accept)
-
-    def write(self, data: bytes) -> None:
-        if self._writer is None:
-            self._sent(len(data))
-        else:
-            self._writer.write(data)
-
-    def pause(self) -> None:
-        if self._reader is not None:
-            self._reader.pause()
-
-    def resume(self) -> None:
-        if self._reader is not None:
-            self._reader.resume()
-
-    def close(self) -> None:
-        self._hang_up()
-        self._loop.remove(self._socket.fileno())
-        self._socket.close()
-        self._path.unlink(missing_ok=True)
-
-    def _accept(self) -> None:
-        try:
-            client, _ = self._socket.accept()
-        except OSError:  # gone again, or no descriptor left for it
-            return
-        if self._client is not None:
-            client.close()
-            return
-        client.setblocking(False)
-        self._client = client
-        self._writer = Writer(self._loop, client.fileno(), self._sent)
-        self._reader = Reader(self._loop, client.fileno(), self._typed)
-
-    def _typed(self, data: bytes) -> None:
-        if data:
-            self._received(data)
-        else:
-            self._hang_up()
-
-    def _hang_up(self) -> None:
-        if self._client is not None and self._writer is not None and self._reader is not None:
-            self._reader.pause()
-            self._writer.close()
-            self._client.close()
-            self._client = self._writer = self._reader = None
-
-
 class Pty:
     """A new pseudo-terminal; `path` is the end for a terminal program to open."""
 
@@ -219,12 +150,3 @@ def parse(text: str) -> tuple[str, Path | None]:
     if kind in ("file", "unix") and path:
         return kind, Path(path)
     raise ConfigError(f'invalid console "{text}"', f"use {KINDS}")
-
-
-def _nobody_listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return True
-        return False

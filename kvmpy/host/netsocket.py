@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..core.errors import HostError
+from ..core.errors import HostError, NotFoundError
 from .frames import MAX_FRAME, Frame
 
 LENGTH = 4  # bytes in front of a frame, big-endian
@@ -87,13 +87,17 @@ class FrameStream:
 
 
 def connect(path: Path) -> FrameStream:
-    """Connect to whoever listens on the UNIX socket `path`; raises HostError."""
+    """Connect to whoever listens on the UNIX socket `path`; raises NotFoundError or HostError."""
+    what = f'cannot connect the network to "{path}"'
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         stream.connect(str(path))
+    except FileNotFoundError:
+        stream.close()
+        raise NotFoundError(f"{what}: no such socket", "start what listens there first") from None
     except OSError as error:
         stream.close()
-        raise HostError(
-            f'cannot connect the network to "{path}": {error.strerror or error}', "start what listens there first"
-        ) from None
+        if path.exists() and not path.is_socket():
+            raise HostError(f"{what}: it is no socket", "name the UNIX socket where a network listens") from None
+        raise HostError(f"{what}: {error.strerror or error}", "start what listens there first") from None
     return FrameStream(stream, f'the network at "{path}"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
@@ -11,24 +12,25 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import ConfigError, HostError
+from ..core.record import Record
 from .netsocket import FrameStream
 
 START_SECONDS = 10.0  # for passt to be ready: 0.03 on an idle machine
 END_SECONDS = 1.0  # for passt to notice that its socket is closed, or to become a process that has ended
+ROOTS_TEMPORARY = "/tmp"  # where nobody can get to, too; TMPDIR may name a folder that only root enters
 WORDS = 4096  # bytes of what passt says that are looked at
 NOISE = re.compile(r"Failed to send \d+ bytes to syslog|Don't run as root.*|No external routable interface for IPv6")
 FORWARD = re.compile(
     r"(?:(?P<ip>\[[0-9A-Fa-f:.]+\]|[0-9.]+):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<kind>tcp|udp))?", re.ASCII
 )
+PRIVILEGED = "publish one from 1024 on, or lower the limit: sudo sysctl net.ipv4.ip_unprivileged_port_start=80"
 REMEDY = "use [IP:]HOST:GUEST[/udp], several of them with +"
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(Record, frozen=True):
     """Port `host` of the host's address `ip` (all of them: None) leads to port `guest` of the guest."""
 
     ip: str | None
@@ -53,8 +55,9 @@ class Forward:
                     probe.listen(1)
             except OSError as error:
                 where = f" of {self.ip}" if self.ip else ""
+                remedy = PRIVILEGED if error.errno == errno.EACCES else "publish another one"
                 raise ConfigError(
-                    f"cannot publish {self.kind} port {self.host}{where}: {error.strerror}", "publish another one"
+                    f"cannot publish {self.kind} port {self.host}{where}: {error.strerror}", remedy
                 ) from None
 
 
@@ -101,7 +104,8 @@ class Passt(FrameStream):
         super().__init__(near, "passt")
         self._words, words = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # a passt that says too much must not wait for us
         try:
-            with tempfile.TemporaryDirectory(prefix="kvmpy-passt-") as folder:
+            where = None if os.geteuid() else ROOTS_TEMPORARY
+            with tempfile.TemporaryDirectory(prefix="kvmpy-passt-", dir=where) as folder:
                 Path(folder).chmod(0o711)  # it opens the pipe as nobody, where it was started as root
                 ready = Path(folder, "ready")
                 os.mkfifo(ready)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from contextlib import suppress
 
 from .image_file import ImageFile
 from .qcow2_format import MAX_TABLE, REFCOUNT_TABLE, REFCOUNT_TABLE_OFFSET, REPAIR, Header
@@ -86,23 +87,37 @@ class Refcounts:
                 self._table_dirty.discard(index)
 
     def settle(self) -> None:
-        """Lower the counts of what was released: the file does not refer to it any more."""
+        """Lower the counts of what was released: the file does not refer to it any more. What nothing refers to goes
+        back to the host."""
         while self._released:
             first, count = self._released.pop()
+            unused = first  # from here up to `cluster`, nothing refers to what was lowered
             for cluster in range(first, first + count):
-                self._lower(cluster)
+                if not self._lower(cluster):
+                    self._give_back(unused, cluster - unused)
+                    unused = cluster + 1
+            self._give_back(unused, first + count - unused)
             if self._blocks.full:
                 self._blocks.write()
 
-    def _lower(self, cluster: int) -> None:
+    def _lower(self, cluster: int) -> bool:
+        """Whether the count was one, and is zero now."""
         index, at = divmod(cluster, self._blocks.entries)
         if index >= len(self._table) or not self._table[index]:
-            return  # it was wrong before, as it is when it is 0 already
-        if self._blocks.get(self._table[index])[at]:
-            block = self._blocks.edit(self._table[index])
-            block[at] -= 1
-            if not block[at]:
-                self._hint = min(self._hint, cluster)
+            return False  # it was wrong before, as it is when it is 0 already
+        if not self._blocks.get(self._table[index])[at]:
+            return False
+        block = self._blocks.edit(self._table[index])
+        block[at] -= 1
+        if block[at]:
+            return False
+        self._hint = min(self._hint, cluster)
+        return True
+
+    def _give_back(self, first: int, count: int) -> None:
+        if count:
+            with suppress(OSError):  # then it stays in the file until it is used again
+                self._file.discard(first << self._bits, count << self._bits)
 
     def _set(self, first: int, count: int, value: int) -> None:
         """Set the counts of clusters that one block counts."""

@@ -1,15 +1,21 @@
-"""Byte streams to and from the host that never block: descriptors watched by an event loop."""
+"""Byte streams to and from the host that never block: descriptors watched by an event loop.
+
+With an `owner`, callbacks have its lock.
+"""
 
 from __future__ import annotations
 
 import os
-import socket
 import stat
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ..core.events import READ, WRITE, EventLoop
 
 CHUNK = 4096  # read at a time; input that the guest is slow to take stays with the host
+
+if TYPE_CHECKING:
+    import socket
 
 
 class Writer:
@@ -19,8 +25,9 @@ class Writer:
     terminal or a pipe is shared with other processes. When the other side has gone, bytes are counted as sent.
     """
 
-    def __init__(self, loop: EventLoop, fd: int, sent: Callable[[int], None]) -> None:
+    def __init__(self, loop: EventLoop, fd: int, sent: Callable[[int], None], owner: Any = None) -> None:
         self._loop = loop
+        self._owner = owner
         self._sent = sent
         self._backlog = bytearray()
         self._gone = False
@@ -28,6 +35,9 @@ class Writer:
         self._socket: socket.socket | None = None
         mode = os.fstat(fd).st_mode
         if stat.S_ISSOCK(mode):
+            import socket  # takes milliseconds to load
+
+            self._flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
             self._socket = socket.socket(fileno=os.dup(fd))
             self._fd = self._socket.fileno()
         elif stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
@@ -42,21 +52,25 @@ class Writer:
             self._flush()
 
     def close(self) -> None:
-        """Stop watching; what the host has not taken is lost."""
+        """Stop watching; what the host has not taken is lost, and counted as sent."""
         if self._waiting:
             self._loop.remove(self._fd)
+            self._waiting = False
         if self._socket is not None:
             self._socket.close()
         elif self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
+        lost = len(self._backlog)
+        self._backlog.clear()
+        self._sent(lost)
 
     def _flush(self) -> None:
         count = len(self._backlog)
         if not self._gone:
             try:
                 if self._socket is not None:
-                    count = self._socket.send(self._backlog, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    count = self._socket.send(self._backlog, self._flags)
                 else:
                     count = os.write(self._fd, self._backlog)
             except BlockingIOError:
@@ -66,7 +80,7 @@ class Writer:
         del self._backlog[:count]
         self._sent(count)
         if self._backlog and not self._waiting:
-            self._loop.add(self._fd, self._flush, events=WRITE)
+            self._loop.add(self._fd, self._flush, events=WRITE, owner=self._owner)
         elif not self._backlog and self._waiting:
             self._loop.remove(self._fd)
         self._waiting = bool(self._backlog)
@@ -78,8 +92,9 @@ class Reader:
     Methods are for the loop's thread. A regular file cannot be watched by epoll and is read turn by turn instead.
     """
 
-    def __init__(self, loop: EventLoop, fd: int, received: Callable[[bytes], None]) -> None:
+    def __init__(self, loop: EventLoop, fd: int, received: Callable[[bytes], None], owner: Any = None) -> None:
         self._loop = loop
+        self._owner = owner
         self._fd = fd
         self._received = received
         self._running = False
@@ -97,10 +112,10 @@ class Reader:
             return
         self._running = True
         try:
-            self._loop.add(self._fd, self._read, events=READ)
+            self._loop.add(self._fd, self._read, events=READ, owner=self._owner)
         except PermissionError:  # epoll_ctl: EPERM for files that are always ready
             self._watchable = False
-            self._loop.call_soon(self._read)
+            self._loop.call_soon(self._read, owner=self._owner)
 
     def _read(self) -> None:
         if not self._running:
@@ -115,7 +130,7 @@ class Reader:
             self.pause()
             self._ended = True
         elif not self._watchable:
-            self._loop.call_soon(self._read)
+            self._loop.call_soon(self._read, owner=self._owner)
         self._received(data)
 
 

@@ -28,7 +28,7 @@ REMEDIES = {
     errno.ENOENT: "load the kernel's module: sudo modprobe tun",
     errno.ENODEV: "load the kernel's module: sudo modprobe tun",
     errno.EBUSY: "end the program that uses it, or name another one",
-    errno.EINVAL: "name a tap interface, without multi_queue",
+    errno.EINVAL: "name a tap interface: this one is of another kind, or made with multi_queue",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from .._kvm_ioctls import lib
 
@@ -40,6 +40,27 @@ EMULATION: Final = 1
 FLAG_INSTRUCTION_BYTES: Final = 1  # KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
 
 SYSTEM_EVENTS: Final = {1: "shutdown", 2: "reset", 3: "crash"}  # KVM_SYSTEM_EVENT_*
+
+
+class Exit(NamedTuple):
+    """What a crash report says of an exit; all but `reason` is 0 where it was no access to a port or to MMIO."""
+
+    reason: int
+    is_write: int
+    size: int  # bytes of an element
+    address: int
+    elements: int  # of a string instruction, else 1
+
+
+def summary(page: mmap.mmap) -> Exit:
+    """The exit in a kvm_run page."""
+    reason, direction, size, port, count, _ = IO.unpack_from(page)
+    if reason == EXIT_IO:
+        return Exit(reason, direction, size, port, count)
+    if reason == EXIT_MMIO:
+        address, _, length, is_write = MMIO.unpack_from(page, UNION)
+        return Exit(reason, is_write, length, address, 1)
+    return Exit(reason, 0, 0, 0, 0)
 
 
 def name(reason: int) -> str:

@@ -6,7 +6,6 @@ that opened it: never fork while one is open.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import mmap
 import os
@@ -308,7 +307,7 @@ class Vcpu(Handle):
         return Regs(*struct.unpack("<18Q", raw))
 
     def set_regs(self, regs: Regs) -> None:
-        self._set("kvm_set_regs", struct.pack("<18Q", *dataclasses.astuple(regs)), shown=f"rip {regs.rip:#x}")
+        self._set("kvm_set_regs", struct.pack("<18Q", *vars(regs).values()), shown=f"rip {regs.rip:#x}")
 
     def sregs(self) -> Sregs:
         return unpack_sregs(self._get("kvm_get_sregs", "sregs"))
@@ -454,7 +453,7 @@ _CONTROL = struct.Struct("<7Q4Q")  # cr0, cr2, cr3, cr4, cr8, efer, apic_base, i
 
 def pack_sregs(sregs: Sregs) -> bytes:
     """struct kvm_sregs."""
-    data = b"".join(_SEGMENT.pack(*dataclasses.astuple(getattr(sregs, name))) for name in SEGMENTS)
+    data = b"".join(_SEGMENT.pack(*vars(getattr(sregs, name)).values()) for name in SEGMENTS)
     data += b"".join(_TABLE.pack(table.base, table.limit) for table in (sregs.gdt, sregs.idt))
     control = (sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.cr8, sregs.efer, sregs.apic_base)
     return data + _CONTROL.pack(*control, *sregs.interrupt_bitmap)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import mmap
 from contextlib import ExitStack, closing
-from dataclasses import replace
 
 from ..core.errors import KvmError
+from ..core.record import replace
 from . import exits
 from .handle import Kvm, Vcpu
 from .state import DescriptorTable, Regs, Segment

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from ..core.record import Record, fresh
 
 
-@dataclass
-class Regs:
+class Regs(Record):
     """struct kvm_regs: the general registers."""
 
     rax: int = 0
@@ -29,8 +28,7 @@ class Regs:
     rflags: int = 2
 
 
-@dataclass
-class Segment:
+class Segment(Record):
     """struct kvm_segment: a segment register with its hidden part."""
 
     base: int = 0
@@ -47,28 +45,26 @@ class Segment:
     unusable: int = 0
 
 
-@dataclass
-class DescriptorTable:
+class DescriptorTable(Record):
     """struct kvm_dtable: GDTR or IDTR."""
 
     base: int = 0
     limit: int = 0
 
 
-@dataclass
-class Sregs:
+class Sregs(Record):
     """struct kvm_sregs: segments, control registers, EFER, APIC base."""
 
-    cs: Segment = field(default_factory=Segment)
-    ds: Segment = field(default_factory=Segment)
-    es: Segment = field(default_factory=Segment)
-    fs: Segment = field(default_factory=Segment)
-    gs: Segment = field(default_factory=Segment)
-    ss: Segment = field(default_factory=Segment)
-    tr: Segment = field(default_factory=Segment)
-    ldt: Segment = field(default_factory=Segment)
-    gdt: DescriptorTable = field(default_factory=DescriptorTable)
-    idt: DescriptorTable = field(default_factory=DescriptorTable)
+    cs: Segment = fresh(default_factory=Segment)
+    ds: Segment = fresh(default_factory=Segment)
+    es: Segment = fresh(default_factory=Segment)
+    fs: Segment = fresh(default_factory=Segment)
+    gs: Segment = fresh(default_factory=Segment)
+    ss: Segment = fresh(default_factory=Segment)
+    tr: Segment = fresh(default_factory=Segment)
+    ldt: Segment = fresh(default_factory=Segment)
+    gdt: DescriptorTable = fresh(default_factory=DescriptorTable)
+    idt: DescriptorTable = fresh(default_factory=DescriptorTable)
     cr0: int = 0
     cr2: int = 0
     cr3: int = 0
@@ -79,8 +75,7 @@ class Sregs:
     interrupt_bitmap: tuple[int, ...] = (0, 0, 0, 0)
 
 
-@dataclass
-class CpuidEntry:
+class CpuidEntry(Record):
     """struct kvm_cpuid_entry2: what CPUID answers for one leaf (`function`) and subleaf (`index`)."""
 
     function: int

@@ -23,6 +23,7 @@ from typing import Any
 from ..core.board import Board
 from ..core.errors import ConfigError, HostError
 from ..core.regs import Bits, bit
+from ..core.units import parse_size
 from .device import VirtioDevice
 from .queue import Chain, VirtQueue
 from .spec import Type
@@ -53,6 +54,7 @@ class BALLOON_F(Bits):
 class Balloon(VirtioDevice):
     """Takes pages from the guest as `target` asks, and learns what the guest says about its memory.
 
+    target          size at the start, such as 64M; `target()` changes it later
     deflate_on_oom  the guest may take pages back when it has no others
     stats           period of the guest's statistics in seconds; 0 for none
     reporting       the guest tells which pages it does not use, and they go back to the host with no balloon at all
@@ -65,9 +67,12 @@ class Balloon(VirtioDevice):
     modules = ("virtio_balloon",)
     config: bytearray
 
-    def __init__(self, *, deflate_on_oom: bool = True, stats: int = 0, reporting: bool = True) -> None:
+    def __init__(
+        self, *, target: str | None = None, deflate_on_oom: bool = True, stats: int = 0, reporting: bool = True
+    ) -> None:
         if stats < 0:
             raise ConfigError(f"invalid balloon period {stats}", "give seconds, or 0 for no statistics")
+        self._first_target = 0 if target is None else parse_size(target)
         self.period = stats
         self.stats: dict[str, int] = {}
         self.features = (
@@ -100,8 +105,9 @@ class Balloon(VirtioDevice):
     # The guest's side.
 
     def attach(self, board: Board) -> None:
-        super().attach(board)
         self._ram = sum(len(region.buf) for region in board.mem.regions)
+        self.target(self._first_target)
+        super().attach(board)
         if self.period:
             board.loop.after(self.period, self._poll, owner=self)
 

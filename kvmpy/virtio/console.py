@@ -11,9 +11,10 @@ Linux: VIRTIO_CONSOLE. Port 0 is /dev/hvc0; the others are /dev/vport0p1 and so 
         agent.write(b"hello")
 
 Nothing is lost in either direction: what a port's owner does not take stays in the guest's queue, what the guest does
-not take waits with the host. A hostile guest may write without end (one turn passes on BUDGET bytes of a port), name
-ports that are not there, send control messages that are cut, unknown or without end (answers are kept once for each
-port and event), or leave no buffers (a port then holds INPUT_LIMIT bytes).
+not take waits with the host, as does what comes for a port that no program in the guest has open. A hostile guest may
+write without end (one turn passes on BUDGET bytes of a port), name ports that are not there, send control messages
+that are cut, unknown or without end (answers are kept once for each port and event), or leave no buffers (a port then
+holds INPUT_LIMIT bytes).
 Older kernels (Linux before commit 5326ab737a47 of 2025) take the columns of a RESIZE message for the rows; a device of
 one port sends none.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core.errors import ConfigError
 from ..core.regs import Bits, bit
@@ -101,11 +102,16 @@ class Port:
     def listen(self, listening: bool) -> None:
         news = listening and not self.listening
         self.listening = listening
-        if news and self.on_room is not None:
-            self.on_room()
+        if news:
+            self._device.serve_soon(self.receive_queue)
+            if self.on_room is not None:
+                self.on_room()
 
     def fill(self, queue: VirtQueue) -> None:
-        """Input into the guest's buffers."""
+        """Input into the guest's buffers, if somebody is there to read it: Linux throws away what a port gets that no
+        program has open."""
+        if self.number and not self.listening:
+            return
         for _ in range(queue.size):
             chain = queue.pop() if self._input else None
             if chain is None:
@@ -168,6 +174,7 @@ class VirtioConsole(VirtioDevice):
 
     type_id = Type.CONSOLE
     modules = ("virtio_console",)
+    has_console: ClassVar[bool] = True  # the driver is told of port 0
     config: bytearray
 
     def __init__(self, *, ports: int = 1) -> None:
@@ -308,7 +315,8 @@ class VirtioConsole(VirtioDevice):
         if event == DEVICE_READY:
             self._ready = bool(value)
             for port in self.ports if value else ():
-                self._tell(port, DEVICE_ADD)
+                if port.number or self.has_console:
+                    self._tell(port, DEVICE_ADD)
             return
         found = self._port(number)
         if found is None:

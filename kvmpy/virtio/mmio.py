@@ -33,6 +33,7 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
     a driver does for each interrupt or kick must not wait for a device that waits for the host; that takes a leaf.
     """
 
+    window: ClassVar[int] = SIZE  # bytes from `base` on
     modules: ClassVar[tuple[str, ...]] = ("virtio_mmio",)
 
     MagicValue = Reg(0x000, reset=MAGIC, write=0)
@@ -101,7 +102,8 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
         return self.core.status
 
     def write_Status(self, value: int) -> None:
-        self.core.write_status(value & 0xFF)
+        value &= 0xFF  # 2.1: status is a byte
+        self.core.write_status(value)
         if value == 0:
             with self._pending:
                 super().reset()

@@ -20,6 +20,7 @@ from ..core.board import Board
 from ..core.buffers import pieces
 from ..core.errors import ConfigError, HostError
 from ..core.events import READ, WRITE
+from ..core.ratelimit import BURST, RateLimit, parse_bandwidth
 from ..core.regs import Bits, bit
 from ..core.wire import Wire, b6, u8, u16
 from ..host import netsocket, tap
@@ -34,6 +35,7 @@ RX, TX = 0, 1  # queues (5.1.2)
 WAKES = {RX: READ, TX: WRITE}  # what of the host a queue waits for
 BATCH = 64  # frames of a queue in one turn of the event loop: a flood must leave time for others
 MTU_MIN, MTU_MAX = 68, 0xFFFF  # 5.1.4.1
+BURST_MIN, BURST_MAX = 0.01, 3600.0  # seconds, for the limits
 LOCAL, MULTICAST = 0x02, 0x01  # bits of the first byte of a MAC address (IEEE 802)
 MAC = re.compile("[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 
@@ -57,6 +59,16 @@ class NET_F(Bits):
     STATUS = bit(16)
 
     OFFLOADS = CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | HOST_TSO4 | HOST_TSO6 | HOST_ECN
+
+
+NEEDS = {  # 5.1.3.1
+    NET_F.GUEST_TSO4: NET_F.GUEST_CSUM,
+    NET_F.GUEST_TSO6: NET_F.GUEST_CSUM,
+    NET_F.GUEST_ECN: NET_F.GUEST_TSO4 | NET_F.GUEST_TSO6,
+    NET_F.HOST_TSO4: NET_F.CSUM,
+    NET_F.HOST_TSO6: NET_F.CSUM,
+    NET_F.HOST_ECN: NET_F.HOST_TSO4 | NET_F.HOST_TSO6,
+}
 
 
 class NET_S(Bits):
@@ -106,19 +118,26 @@ class Header(Wire):
 class Net(VirtioDevice):
     """A network interface of the guest.
 
-    backend    what it is plugged into: `user` (passt: no privileges), `tap`, `socket` (a stream), `none`
-    name       of the tap interface; a new one by default
-    path       of the UNIX socket to connect to
-    mac        by default a locally administered one, the same in each run
-    mtu        that the guest should use, 68 to 65535 bytes
-    publish    ports of the host that lead into the guest, for `user`: [ip:]host:guest[/udp], several joined by +
-    pcap       file for a capture of all frames
+    backend       what it is plugged into: `user` (passt: no privileges), `tap`, `socket` (a stream), `none`
+    name          of the tap interface; a new one by default
+    path          of the UNIX socket to connect to
+    mac           by default a locally administered one, the same in each run
+    mtu           that the guest should use, 68 to 65535 bytes
+    link          off: the cable is pulled out, until `set_link`
+    publish       ports of the host that lead into the guest, for `user`: [ip:]host:guest[/udp], several joined by +
+    pcap          file for a capture of all frames
+    rx_bandwidth  bytes per second to the guest, such as 10M; those of Ethernet frames
+    rx_ops        frames per second to the guest, as they come from the host: many segments may be one
+    tx_bandwidth  as rx_bandwidth, from the guest
+    tx_ops        as rx_ops, from the guest
+    burst         how much of these limits is saved up while nothing happens, in seconds
 
     Raises ConfigError for what cannot be; `attach` raises HostError for what the host does not give.
     """
 
     type_id = Type.NET
     queue_sizes = (256, 256)
+    needs = NEEDS
     modules: ClassVar[tuple[str, ...]] = ("virtio_net",)
 
     def __init__(
@@ -128,11 +147,24 @@ class Net(VirtioDevice):
         path: Path | None = None,
         mac: str | None = None,
         mtu: int | None = None,
+        link: bool = True,
         publish: str | None = None,
         pcap: Path | None = None,
+        rx_bandwidth: str | None = None,
+        rx_ops: int | None = None,
+        tx_bandwidth: str | None = None,
+        tx_ops: int | None = None,
+        burst: float = BURST,
     ) -> None:
         if mtu is not None and not MTU_MIN <= mtu <= MTU_MAX:
             raise ConfigError(f"a network device cannot have mtu={mtu}", f"use {MTU_MIN} to {MTU_MAX}")
+        if not BURST_MIN <= burst <= BURST_MAX:
+            raise ConfigError(f"invalid burst {burst:g}", f"give seconds, {BURST_MIN:g} to {BURST_MAX:g}")
+        self._limit_options = {
+            RX: _limit_options("rx", rx_bandwidth, rx_ops, burst),
+            TX: _limit_options("tx", tx_bandwidth, tx_ops, burst),
+        }
+        self._limits: dict[int, RateLimit] = {}  # by queue
         self.mac = parse_mac(mac) if mac is not None else bytes(6)
         self._plug = _opener(backend, name, path, publish, mtu)
         self._place = f"{backend} {name or path or ''}"
@@ -140,6 +172,7 @@ class Net(VirtioDevice):
         self._pcap_path = pcap
         self._pcap: Pcap | None = None
         self.backend: NetBackend | None = None
+        self._cable = link
         self._vnet = False  # the backend's frames have a header
         self._events = -1  # what the loop watches the backend for; -1: nothing, not even its end
         self.features = NET_F.MAC | NET_F.STATUS | NET_F.MRG_RXBUF
@@ -149,7 +182,11 @@ class Net(VirtioDevice):
         self.reset()
 
     def attach(self, board: Board) -> None:
+        if any(self.mac):
+            _claim(board, self.mac)
         super().attach(board)
+        for index, options in self._limit_options.items():
+            self._limits[index] = RateLimit(board.loop, self, partial(self.serve, index), **options)
         if self._pcap_path is not None:
             self._pcap = Pcap(self._pcap_path)
         self.backend = backend = self.open()
@@ -209,27 +246,39 @@ class Net(VirtioDevice):
 
     @property
     def link(self) -> bool:
-        """Whether there is somebody at the other end."""
-        return self.backend is not None
+        """Whether the cable is in, and there is somebody at the other end."""
+        return self._cable and self.backend is not None
+
+    def set_link(self, up: bool) -> None:
+        """Put the cable in or pull it out (with `lock` held). Without it what the guest sends is lost; what the host
+        sends waits, as far as the host keeps it."""
+        if up != self._cable:
+            self._cable = up
+            self._write_config()
+            self.config_changed()
+            self._watch()
 
     # From the guest.
 
     def _transmit(self, queue: VirtQueue) -> None:
+        limit = self._limits[TX]
         for _ in range(BATCH):
             if not self._host(lambda backend: backend.flush(), True):
                 self._waiting |= WRITE
                 return
-            chain = queue.pop()
+            chain = None if limit.waiting else queue.pop()
             if chain is None:
-                return
-            frame = self._outgoing(chain)
+                return  # until the driver kicks, or the limit's timer
+            frame, cost = self._outgoing(chain), chain.size - VNET_HEADER
             if frame is None:
                 self.tx_dropped += 1
+                cost = 0  # a host that did look at it, but took no bytes
             elif not self._send(frame):
                 queue.undo_pop()
                 self._waiting |= WRITE
                 return
             queue.push(chain)
+            limit.spend(cost)
         queue.more = True
 
     def _outgoing(self, chain: Chain) -> list[Frame] | None:
@@ -260,10 +309,11 @@ class Net(VirtioDevice):
     # To the guest.
 
     def _receive(self, queue: VirtQueue) -> None:
+        limit = self._limits[RX]
         for _ in range(BATCH):
-            chain = queue.pop()
+            chain = None if limit.waiting else queue.pop()
             if chain is None:
-                return  # until the driver kicks
+                return  # until the driver kicks, or the limit's timer
             if chain.capacity < VNET_HEADER:
                 queue.push(chain)  # of no use to any frame
                 continue
@@ -284,6 +334,7 @@ class Net(VirtioDevice):
                 _fill(chains, header, frame)
                 queue.push(*chains)
                 self._record([frame])
+                limit.spend(len(frame))
             elif self._lacking:
                 self._kept = memoryview(bytes(raw))
                 return  # until the driver kicks
@@ -330,8 +381,8 @@ class Net(VirtioDevice):
     # The host.
 
     def _host(self, ask: Callable[[NetBackend], T], gone: T) -> T:
-        """What the backend answers; `gone` when there is none, or none any more."""
-        if self.backend is None:
+        """What the backend answers; `gone` when there is none, or none any more, or no cable to it."""
+        if self.backend is None or not self._cable:
             return gone
         try:
             return ask(self.backend)
@@ -353,14 +404,16 @@ class Net(VirtioDevice):
         self._watch()
 
     def _watch(self) -> None:
-        """Watch the backend for what is waited for, and always for its end."""
-        if self.backend is None or self._events == self._waiting:
+        """Watch the backend for what is waited for, and always for its end; not at all without a cable to it."""
+        events = self._waiting if self._cable else -1
+        if self.backend is None or self._events == events:
             return
         descriptor = self.backend.fileno()
         if self._events >= 0:
             self.board.loop.remove(descriptor)
-        self._events = self._waiting
-        self.board.loop.add(descriptor, self._ready, events=self._events, owner=self)
+        self._events = events
+        if events >= 0:
+            self.board.loop.add(descriptor, self._ready, events=events, owner=self)
 
     def _unplug(self) -> None:
         if self.backend is not None:
@@ -395,13 +448,33 @@ def parse_mac(text: str) -> bytes:
     return mac
 
 
+def _limit_options(way: str, bandwidth: str | None, ops: int | None, burst: float) -> dict[str, Any]:
+    """The options of a RateLimit in one direction; raises ConfigError."""
+    if ops is not None and ops < 1:
+        raise ConfigError(f"invalid {way}_ops {ops}", "give frames per second, 1 or more")
+    return {"bandwidth": None if bandwidth is None else parse_bandwidth(bandwidth), "iops": ops, "burst": burst}
+
+
 def default_mac(board: Board, place: str) -> bytes:
-    """A locally administered address that depends on the place in the host's network and the number of the NIC."""
-    number = _numbers[board] = _numbers.get(board, 0) + 1
-    return bytes([LOCAL]) + hashlib.sha256(f"{place} {number}".encode()).digest()[:5]
+    """A locally administered address that depends on the place in the host's network and on the NICs before it."""
+    taken = _macs.setdefault(board, set())
+    for number in range(1, len(taken) + 2):
+        mac = bytes([LOCAL]) + hashlib.sha256(f"{place} {number}".encode()).digest()[:5]
+        if mac not in taken:
+            break
+    taken.add(mac)
+    return mac
 
 
-_numbers: WeakKeyDictionary[Board, int] = WeakKeyDictionary()  # of the NICs of each board
+def _claim(board: Board, mac: bytes) -> None:
+    """Raises ConfigError when another NIC of the board has this address."""
+    taken = _macs.setdefault(board, set())
+    if mac in taken:
+        raise ConfigError(f"two network devices have mac={mac.hex(':')}", "give each its own")
+    taken.add(mac)
+
+
+_macs: WeakKeyDictionary[Board, set[bytes]] = WeakKeyDictionary()  # of the NICs of each board
 
 
 def _opener(

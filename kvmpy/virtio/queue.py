@@ -119,6 +119,8 @@ class VirtQueue:
         if size & (size - 1) or not 0 < size <= self.max_size:
             raise QueueError(f"queue {self.index}: size {size}")
         for name, address, alignment in (("desc", self.desc, 16), ("avail", self.avail, 2), ("used", self.used, 4)):
+            if not address:
+                raise QueueError(f"queue {self.index}: enabled without an address of {name}")
             if address % alignment:
                 raise QueueError(f"queue {self.index}: {name} at {address:#x} is not aligned to {alignment}")
         window = self.mem.window
@@ -164,8 +166,9 @@ class VirtQueue:
             if avail[1] == self._next_avail:
                 return None
         count = avail[1] - self._next_avail & 0xFFFF
-        if count > self.size:
-            raise QueueError(f"queue {self.index}: {count} entries available, it has {self.size}")
+        under_way = self._next_avail - self._next_used & 0xFFFF
+        if count + under_way > self.size:  # a driver reuses an entry only when it is back (2.7.13)
+            raise QueueError(f"queue {self.index}: {count} available and {under_way} under way, it has {self.size}")
         head = avail[2 + self._next_avail % self.size]
         self._next_avail = self._next_avail + 1 & 0xFFFF
         return self._chain(head)

@@ -12,6 +12,11 @@ from .queue import QueueError, VirtQueue
 from .spec import STATUS, TRANSPORT_FEATURES, F
 
 HALF = 0xFFFFFFFF  # features travel as two 32-bit halves
+STEPS = (  # 3.1.1: each status bit, and the one that comes before it
+    (STATUS.DRIVER, STATUS.ACKNOWLEDGE),
+    (STATUS.FEATURES_OK, STATUS.DRIVER),
+    (STATUS.DRIVER_OK, STATUS.FEATURES_OK),
+)
 
 
 class VirtioCore:
@@ -44,10 +49,13 @@ class VirtioCore:
             return
         old = self.status
         new = old | value & STATUS.WRITABLE
+        for step, stands_on in STEPS:
+            if not new & stands_on:
+                new &= ~step
         if new & ~old & STATUS.FEATURES_OK and not self._acceptable():
-            new &= ~STATUS.FEATURES_OK
-        if new & ~old & STATUS.DRIVER_OK and not new & STATUS.FEATURES_OK:
-            new &= ~STATUS.DRIVER_OK  # 3.1.1: not before the features are agreed on
+            new &= ~(STATUS.FEATURES_OK | STATUS.DRIVER_OK)
+        if new & ~old & STATUS.DRIVER_OK and new & STATUS.FAILED:
+            new &= ~STATUS.DRIVER_OK
         self.status = new
         if new & ~old & STATUS.DRIVER_OK:
             self._activate()
@@ -94,7 +102,9 @@ class VirtioCore:
             self.accepted = self.accepted & ~(HALF << 32 * half) | value << 32 * half
 
     def _acceptable(self) -> bool:
-        return not self.accepted & ~self.offered and bool(self.accepted & F.VERSION_1)
+        accepted = self.accepted
+        alone = any(accepted & one and not accepted & others for one, others in self.device.needs.items())
+        return not accepted & ~self.offered and bool(accepted & F.VERSION_1) and not alone
 
     # Queues.
 

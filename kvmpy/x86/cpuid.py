@@ -12,10 +12,10 @@ Leaves: Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E; KVM's own: Documen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 
 from ..core.errors import ConfigError
+from ..core.record import replace
 from ..kvm.state import CpuidEntry
 
 # APIC ids 0 to 254. x2APIC ids go further, but the redirection entries of KVM's IOAPIC, like plain MSI addresses, hold

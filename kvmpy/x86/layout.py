@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
+
+from ..core.record import Record
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PAGE = 4 * KIB
@@ -78,8 +79,7 @@ class E820(IntEnum):
     ACPI = 3
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(Record, frozen=True):
     """`size` bytes of guest-physical address space from `base` on, of one type."""
 
     base: int

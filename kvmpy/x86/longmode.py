@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 from ..core.memory import GuestMemory
+from ..core.record import replace
 from ..kvm.state import DescriptorTable, Segment, Sregs
 from . import layout
 

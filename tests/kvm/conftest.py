@@ -25,10 +25,10 @@ def kvm() -> Iterator[Kvm]:
     kvm.close()
 
 
-@pytest.fixture
-def vm() -> Iterator[Rig]:
-    """A VM with in-kernel interrupt controllers."""
-    rig = Rig()
+@pytest.fixture(params=["compiled", "python"])
+def vm(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """A VM with in-kernel interrupt controllers, and either of the two run loops."""
+    rig = Rig(compiled=request.param == "compiled")
     yield rig
     rig.close()
 

@@ -17,6 +17,8 @@ from kvmpy.core.board import Reason, Stop
 from kvmpy.core.bus import Bus
 from kvmpy.core.memory import GuestMemory
 from kvmpy.core.regs import Device
+from kvmpy.kvm.fast import MMIO as MMIO_TAG
+from kvmpy.kvm.fast import Cells
 from kvmpy.kvm.handle import Kvm, Vcpu
 from kvmpy.kvm.probe import runs_ring0_natively
 from kvmpy.vcpu import VcpuThread
@@ -35,7 +37,8 @@ MMIO = layout.MMIO_DEVICES
 LAPIC_WINDOW = layout.LAPIC  # messages to APIC 0 are writes here
 
 # In which mode each guest is entered; all else is real mode.
-LONG = {"irq", "lapic_timer", "longmode", "mmio", "popcnt", "puppet", "user", "virtio", "virtio_pci"}
+LONG = {"irq", "lapic_timer", "longmode", "mmio", "popcnt", "puppet", "user"}
+LONG |= {"virtio", "virtio_pci", "virtio_net", "virtio_net_pci"}
 PROTECTED = {"protected", "triple"}
 
 
@@ -95,13 +98,18 @@ class Recorder(Device):
 
 
 class Rig:
-    """A VM on its buses. `load` a guest, then `run` it to its end, or `start` it and `finish` it."""
+    """A VM on its buses. `load` a guest, then `run` it to its end, or `start` it and `finish` it.
 
-    def __init__(self, *, irqchip: bool = True) -> None:
+    `compiled`: the shim decodes exits and answers `cells`; else Python looks at every exit.
+    """
+
+    def __init__(self, *, irqchip: bool = True, compiled: bool = True) -> None:
+        self.cells = Cells() if compiled else None
         self.stops: SimpleQueue[Stop] = SimpleQueue()
         self.board = Recorder()
         self.devices = Recorder(layout.HOLE)
-        self.ports, self.mmio = Bus("port"), Bus("mmio")
+        self.ports = Bus("port")
+        self.mmio = Bus("mmio", slots=self.ports.slots, tag=MMIO_TAG)
         self.ports.add(0, END, self.board)
         self.end_port = EndPort(self.stops)
         self.ports.add(END, 1, self.end_port)
@@ -146,7 +154,9 @@ class Rig:
         vcpu = self.vm.create_vcpu(len(self.threads))
         self._undo.callback(vcpu.close)
         vcpu.set_cpuid(self.kvm.supported_cpuid())
-        self.threads.append(VcpuThread(vcpu, self.ports, self.mmio, self.stops.put))
+        thread = VcpuThread(vcpu, self.ports, self.mmio, self.stops.put, self.cells)
+        self._undo.callback(thread.close)
+        self.threads.append(thread)
         return vcpu
 
     def load(self, guest: str, *, cpus: int = 1) -> None:

@@ -86,7 +86,7 @@ def test_string_input_fills_memory_exactly(vm: Rig) -> None:
 def test_string_input_comes_in_batches(vm: Rig) -> None:
     vm.run("string_io")
 
-    counts = [count for reason, is_out, _, _, count, _ in vm.thread.recent if reason == exits.EXIT_IO and not is_out]
+    counts = [exit.elements for exit in vm.thread.recent() if exit.reason == exits.EXIT_IO and not exit.is_write]
     assert max(counts) > 1
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from rig import Rig
+from rig import SECONDS, Rig
 
 from kvmpy.core.board import Reason, Stop
 from kvmpy.core.bus import Bus
 from kvmpy.core.errors import ConfigError
 from kvmpy.core.events import EventLoop
+from kvmpy.kvm import exits
 from kvmpy.mainboard import MainBoard
 from kvmpy.pci.config import MEMORY_BAR_64
 from kvmpy.virtio.blk import Blk
 from kvmpy.virtio.mmio import QUEUE_NOTIFY
+from kvmpy.virtio.net import Net
 from kvmpy.virtio.pci import BAR_SIZE, NOTIFY, TABLE
 from kvmpy.virtio.queue import VirtQueue
 from kvmpy.virtio.rng import Rng
@@ -25,7 +28,14 @@ from kvmpy.virtio.spec import INTERRUPT
 from kvmpy.x86 import layout
 
 BAR, VECTOR = 0xE2000000, 0x36  # guests/virtio_pci.S
+GUEST, PEER = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
+ETHERTYPE = bytes.fromhex("88b5")  # for experiments (IEEE 802)
 UP = 0xF  # ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
+
+
+def written(vm: Rig) -> list[int]:
+    """The addresses of the last MMIO writes that left KVM."""
+    return [exit.address for exit in vm.thread.recent() if exit.reason == exits.EXIT_MMIO and exit.is_write]
 
 
 @pytest.fixture
@@ -104,7 +114,7 @@ def test_kick_is_no_exit(vm: Rig, board: MainBoard) -> None:
 
     vm.run("virtio")
 
-    writes = [fields[1] for fields in vm.thread.recent if fields[0] == 6 and fields[4]]  # KVM_EXIT_MMIO, is_write
+    writes = written(vm)
     assert layout.MMIO_DEVICES + 0x64 in writes  # InterruptACK
     assert layout.MMIO_DEVICES + QUEUE_NOTIFY not in writes
 
@@ -147,6 +157,67 @@ def test_kick_over_pci_is_no_exit(vm: Rig, pci_board: MainBoard) -> None:
 
     assert BAR + TABLE + 0x1C in tap.written  # the unmasking of vector 1
     assert BAR + NOTIFY not in tap.written
+
+
+@pytest.fixture
+def far_end(tmp_path: Path) -> Iterator[socket.socket]:
+    """Listens at `wire`, where a network device may connect."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "wire"))
+        listener.listen(1)
+        listener.settimeout(SECONDS)
+        yield listener
+
+
+def exchange(vm: Rig, guest: str, far_end: socket.socket) -> bytes:
+    """Run a network guest to its end: returns the frame that it sends, and answers it."""
+    vm.start(guest)
+    with far_end.accept()[0] as peer:
+        peer.settimeout(SECONDS)
+        size = int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "big")
+        frame = peer.recv(size, socket.MSG_WAITALL)
+        peer.sendall((60).to_bytes(4, "big") + frame[6:12] + PEER + ETHERTYPE + b"pong".ljust(46, b"\0"))
+        assert vm.wait() == Stop(Reason.EXIT)
+    vm.finish()
+    return frame
+
+
+def test_frames_both_ways(vm: Rig, board: MainBoard, far_end: socket.socket, tmp_path: Path) -> None:
+    net = Net("socket", path=tmp_path / "wire")
+    net.attach(board)
+
+    frame = exchange(vm, "virtio_net", far_end)
+    net.close()
+
+    assert frame == b"\xff" * 6 + GUEST + ETHERTYPE + b"ping".ljust(46, b"\0")
+    status, interrupt, sent, received, length, header, data = vm.reports
+    assert (status, interrupt, sent, received, length) == (UP, INTERRUPT.USED_BUFFER, 1, 1, 12 + 60)
+    assert (header, data.to_bytes(4, "little")) == (1 << 16, b"pong")  # num_buffers
+
+
+def test_frames_both_ways_over_pci(vm: Rig, pci_board: MainBoard, far_end: socket.socket, tmp_path: Path) -> None:
+    net = Net("socket", path=tmp_path / "wire")
+    net.attach(pci_board)
+
+    frame = exchange(vm, "virtio_net_pci", far_end)
+    net.close()
+
+    assert frame == b"\xff" * 6 + GUEST + ETHERTYPE + b"ping".ljust(46, b"\0")
+    _, status, interrupt, sent, received, length, header, data = vm.reports
+    assert (status, interrupt, sent, received, length) == (UP, 1, 1, 1, 12 + 60)
+    assert (header, data.to_bytes(4, "little")) == (1 << 16, b"pong")
+
+
+def test_frames_are_no_exits(vm: Rig, board: MainBoard, far_end: socket.socket, tmp_path: Path) -> None:
+    net = Net("socket", path=tmp_path / "wire")
+    net.attach(board)
+
+    exchange(vm, "virtio_net", far_end)
+    net.close()
+
+    writes = written(vm)
+    assert layout.MMIO_DEVICES + 0x64 in writes  # InterruptACK
+    assert layout.MMIO_DEVICES + QUEUE_NOTIFY not in writes
 
 
 def test_more_devices_than_lines(vm: Rig, board: MainBoard) -> None:

@@ -156,7 +156,7 @@ def test_recent_exits_are_kept_for_the_report(vm: Rig) -> None:
 
     vm.run("count")
 
-    last = [(reason, is_out, size, port) for reason, is_out, size, port, _, _ in vm.thread.recent]
+    last = [exit[:4] for exit in vm.thread.recent()]
     write_report, read_ask = (exits.EXIT_IO, 1, 4, REPORT), (exits.EXIT_IO, 0, 1, ASK)
     assert last[-5:] == [read_ask, write_report, read_ask, write_report, (exits.EXIT_IO, 1, 1, END)]
     assert len(last) == 32

@@ -83,6 +83,10 @@ class Command:
         """How many bytes wait in that pipe."""
         return struct.unpack("i", fcntl.ioctl(self._screen, termios.FIONREAD, bytes(4)))[0]
 
+    def resize(self, cols: int, rows: int) -> None:
+        """Change the size of the terminal."""
+        fcntl.ioctl(self._screen, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
     def type(self, text: str) -> None:
         os.write(self._keys, text.encode())
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from command import KVMPY, Start
+
 import kvmpy
 from kvmpy.virtio.console import Port, VirtioConsole
 
@@ -72,17 +74,19 @@ def test_hvc0_and_a_named_port(cloud: Path) -> None:
     assert (much, complete) == ("0\r\n", True)
 
 
-def test_hvc0_is_the_console(cloud: Path) -> None:
-    """The shell is on it, and follows its size."""
-    with kvmpy.Machine(kernel=cloud, console="virtio", append="quiet") as vm:
-        vm.wait_for_console("# ", LIMIT)
-        terminal = ask(vm, "tty")
-        assert vm.hvc is not None
-        with vm.hvc.lock:
-            vm.hvc.resize(100, 30)
-        size = ask(vm, "sleep 0.5; stty size")
-        vm.console.send("exit\n")
-        stop = vm.wait(LIMIT)
+def test_hvc0_is_the_console(start: Start, cloud: Path) -> None:
+    """The shell is on it, and follows the size of the user's terminal."""
+    console = start(KVMPY, "boot", "-k", cloud, "--console", "virtio", "--append", "quiet", terminal=True)
+    console.resize(100, 30)
 
-    assert (terminal, size) == ("/dev/hvc0\r\n", "30 100\r\n")
-    assert stop.reason is kvmpy.Reason.POWEROFF
+    console.expect("# ")
+    console.type("tty; stty size\r")
+    first = console.expect(r"/dev/hvc0\r+\n[0-9]+ [0-9]+\r+\n")
+    console.resize(132, 43)
+    console.type("sleep 0.5; stty size\r")
+    second = console.expect(r"\n[0-9]+ [0-9]+\r+\n")
+    console.type("exit\r")
+    done = console.end()
+
+    assert (first.split(), second.split()) == (["/dev/hvc0", "30", "100"], ["43", "132"])
+    assert done.status == 0

@@ -6,10 +6,6 @@ import re
 from pathlib import Path
 
 import kvmpy
-from kvmpy.virtio.balloon import Balloon
-from kvmpy.virtio.blk import Blk
-from kvmpy.virtio.console import VirtioConsole
-from kvmpy.virtio.net import Net
 from kvmpy.virtio.rng import Rng
 
 LIMIT = 150.0  # seconds, for all that the guest does
@@ -55,30 +51,3 @@ def test_forty_devices(cloud: Path) -> None:
     assert all(int(count) for count in interrupts(text, "virtio0-input"))  # on both CPUs, one after the other
     assert any(int(count) for count in interrupts(text, "virtio39-input"))
     assert "pci=off" not in text
-
-
-BOUND = """
-for d in /sys/bus/virtio/devices/*; do driver=$(readlink $d/driver); echo "bound ${d##*/} ${driver##*/}"; done
-dd if=/dev/vda of=/dev/vdb bs=1M conv=fsync
-"""
-
-
-def test_every_kind_of_device(amd64: Path, tmp_path: Path) -> None:
-    """Each has its driver, in the order in which they were attached; a disk is copied to the other."""
-    content = bytes(range(256)) * 8192
-    first, second = tmp_path / "first.img", tmp_path / "second.img"
-    first.write_bytes(content)
-    second.write_bytes(bytes(len(content)))
-    machine = kvmpy.Machine(kernel=amd64, transport="pci", exec=BOUND)
-    for device in (Blk(path=first), Blk(path=second), Net("none"), Rng(), Balloon(), VirtioConsole()):
-        machine.add(device)
-
-    with machine:
-        stop = machine.wait(LIMIT)
-    text = machine.console.text
-
-    assert (stop.reason, stop.status) == (kvmpy.Reason.EXIT, 0), text
-    assert re.findall(r"^bound virtio\d (\S+)", text, re.MULTILINE) == [
-        "virtio_blk", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "virtio_console",
-    ]  # fmt: skip
-    assert second.read_bytes() == content

@@ -1,10 +1,45 @@
-"""The dimension `transport`: a test that names it runs on each."""
+"""The dimension `transport` and the devices that several modules test: what names them runs on each transport."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
+from balloons import balloon
+from consoles import switchboard, terminal
+from disks import connect, disk, engine, path, pure, syncs
+from nics import TapNet, plugged, rig, tap
+
+from kvmpy.testing import FakeBoard
+from kvmpy.virtio.balloon import Balloon
+from kvmpy.virtio.blk import Blk
+from kvmpy.virtio.console import VirtioConsole
+from kvmpy.virtio.device import VirtioDevice
+from kvmpy.virtio.rng import Rng
+
+__all__ = [
+    "balloon", "connect", "disk", "engine", "path", "plugged", "pure", "rig", "switchboard", "syncs", "tap", "terminal",
+]  # fmt: skip
+
+DEVICES: dict[str, Callable[[Path], VirtioDevice]] = {
+    "blk": lambda image: Blk(path=image, queues=2),
+    "net": lambda image: TapNet("tap", mac="02:00:00:00:00:01", mtu=1500),
+    "rng": lambda image: Rng(),
+    "balloon": lambda image: Balloon(stats=1),
+    "console": lambda image: VirtioConsole(ports=2),
+}
 
 
 @pytest.fixture(params=["mmio", "pci"])
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(params=DEVICES)
+def each_device(request: pytest.FixtureRequest, path: Path, transport: str) -> Iterator[VirtioDevice]:
+    """One device of every kind, attached to a board of its own: `each_device.board`."""
+    device = DEVICES[request.param](path)
+    device.attach(FakeBoard(16 << 20, transport))
+    yield device
+    device.close()

@@ -1,11 +1,12 @@
-"""A virtio device for tests of the transports: it remembers what it was told."""
+"""Virtio devices for tests of transports and rings: one remembers what it was told, one answers what it reads."""
 
 from __future__ import annotations
 
 from kvmpy.virtio.device import VirtioDevice
 from kvmpy.virtio.queue import VirtQueue
-from kvmpy.virtio.spec import STATUS, Type
+from kvmpy.virtio.spec import STATUS, F, Type
 
+ALL = F.VERSION_1 | F.EVENT_IDX | F.INDIRECT_DESC
 READY = STATUS.ACKNOWLEDGE | STATUS.DRIVER | STATUS.FEATURES_OK | STATUS.DRIVER_OK
 
 
@@ -40,3 +41,18 @@ class Turnstile:
         self.taken += 1
 
     def __exit__(self, *error: object) -> None: ...
+
+
+class Echo(VirtioDevice):
+    """Writes back what it reads; while `busy` it leaves everything where it is."""
+
+    type_id = Type.ENTROPY
+    queue_sizes = (8, 8)
+    busy = False
+    served = 0
+
+    def notify(self, index: int, queue: VirtQueue) -> None:
+        for chain in queue.available() if not self.busy else ():
+            self.served += 1
+            chain.write(chain.read())
+            queue.push(chain)

@@ -196,7 +196,7 @@ def test_a_guest_that_touches_everything_does_not_grow_the_memo_without_end(bus:
     values = {bus.read(address, 1) for address in range(MAX_RESOLVED + 100)}
 
     assert values == {3}
-    assert len(bus._slots) == MAX_RESOLVED
+    assert len(bus.slots) == MAX_RESOLVED
 
 
 def test_the_lock_is_released_when_a_device_raises(bus: Bus) -> None:

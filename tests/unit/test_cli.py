@@ -122,7 +122,7 @@ def test_bad_option(capsys: pytest.CaptureFixture[str], sector: Path, words: lis
 
 
 def test_unknown_command() -> None:
-    assert_refused(kvmpy("bot"), 125, 'no command "bot"; use one of boot, doctor, inspect, initrd')
+    assert_refused(kvmpy("bot"), 125, 'no command "bot"; use one of boot, config, doctor, inspect, initrd')
 
 
 @pytest.mark.parametrize("verb", ["boot", "doctor", "inspect", "initrd"])

@@ -6,13 +6,13 @@ import argparse
 
 import pytest
 
-from kvmpy.cli import boot
+from kvmpy.cli import settings
 
 
-def parsed(*words: str) -> argparse.Namespace:
+def told(words: str) -> settings.Told:
     parser = argparse.ArgumentParser()
-    boot.add_arguments(parser)
-    return parser.parse_args(words)
+    settings.add_arguments(parser)
+    return settings.of(parser.parse_args(words.split()))
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,7 @@ def parsed(*words: str) -> argparse.Namespace:
     ],
 )
 def test_short_forms(words: str, devices: list[str]) -> None:
-    args = parsed(*words.split())
-
-    assert boot.devices(args.disk, args.net, args.publish, args.device) == devices
+    assert settings.devices(told(words)) == devices
 
 
 @pytest.mark.parametrize(
@@ -53,4 +51,4 @@ def test_short_forms(words: str, devices: list[str]) -> None:
     ],
 )
 def test_first_disk_is_the_root(words: str, root: list[str]) -> None:
-    assert boot.root_words(parsed(*words.split())) == root
+    assert settings.root_words(told(words)) == root

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.config import MachineConfig, parse_count, parse_size
+from kvmpy.config import MachineConfig, parse_count
 from kvmpy.core.errors import ConfigError
+from kvmpy.core.units import parse_size
 
 
 @pytest.mark.parametrize(

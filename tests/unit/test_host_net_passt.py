@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -88,6 +89,18 @@ def test_port_in_use(taken: int) -> None:
         Forward("127.0.0.1", taken, 80).check()
 
 
+def test_port_of_roots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy is another one than for a port that is in use."""
+
+    def bind(probe: socket.socket, address: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+
+    with pytest.raises(ConfigError, match=r"tcp port 80: Permission denied; publish one from 1024 on, or .*sysctl"):
+        Forward(None, 80, 80).check()
+
+
 def test_address_of_another_host() -> None:
     with pytest.raises(ConfigError, match=r"cannot publish udp port 53 of 192.0.2.99: Cannot assign requested address"):
         Forward("192.0.2.99", 53, 53, "udp").check()
@@ -123,6 +136,15 @@ def test_answers_arp(passt: Passt) -> None:
         answer = bytes(passt.receive() or b"")
 
     assert (answer[:6], answer[20:22], answer[28:32]) == (GUEST, b"\0\2", bytes([10, 99, 0, 1]))  # a reply, to us
+
+
+@needs_passt
+def test_temporary_folder_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As libpam-tmpdir makes them: what is nobody, as passt is where root starts it, cannot enter."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    Passt().close()
 
 
 @needs_passt

@@ -101,7 +101,9 @@ def test_interface_in_use(new: Tap) -> None:
 
 @needs_tap
 def test_interface_of_another_kind() -> None:
-    with pytest.raises(HostError, match="cannot use tap interface lo: Invalid argument; name a tap interface"):
+    with pytest.raises(
+        HostError, match="cannot use tap interface lo: Invalid argument; name a tap interface: this one"
+    ):
         Tap("lo")
 
 

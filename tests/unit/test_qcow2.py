@@ -469,6 +469,53 @@ def test_bitmaps_are_marked_as_outdated(tmp_path: Path, opened: Callable[..., Qc
     assert path.read_bytes()[88:96] == bytes(8)
 
 
+def test_what_is_discarded_leaves_the_file(tmp_path: Path, opened: Callable[..., Qcow2]) -> None:
+    disk = opened(path := create(tmp_path / "a.qcow2"))
+    size = disk.size
+    write(disk, 0, b"x" * size)
+    disk.flush()
+    before = path.stat().st_blocks * 512
+
+    disk.discard(65536, size - 2 * 65536)
+    kept = path.stat().st_blocks * 512
+    disk.flush()
+    after = path.stat().st_blocks * 512
+
+    assert kept >= before  # until the tables say that nobody needs it
+    assert before - after >= size - 3 * 65536
+    assert read(disk, 0, size) == b"x" * 65536 + bytes(size - 2 * 65536) + b"x" * 65536
+    disk.close()
+    check(path)
+
+
+def test_what_a_snapshot_needs_stays_in_the_file(tmp_path: Path, opened: Callable[..., Qcow2]) -> None:
+    path = convert(tmp_path, pattern(SIZE))
+    run("qemu-img", "snapshot", "-c", "then", path)
+    disk = opened(path)
+
+    disk.discard(0, disk.size)
+    disk.close()
+    run("qemu-img", "snapshot", "-a", "then", path)
+
+    assert content(path) == pattern(SIZE)
+
+
+def test_a_file_system_that_makes_no_holes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[..., Qcow2]
+) -> None:
+    monkeypatch.setattr("kvmpy.host.disk._fallocate", lambda: lambda *arguments: errno.EIO)
+    disk = opened(path := create(tmp_path / "a.qcow2"))
+    write(disk, 0, b"x" * SIZE)
+    disk.flush()
+
+    disk.discard(0, SIZE)
+    disk.flush()
+
+    assert read(disk, 0, SIZE) == bytes(SIZE)
+    disk.close()
+    check(path)
+
+
 # Failures of the host.
 
 
@@ -579,13 +626,18 @@ class Journal:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple[int, bytes] | None] = []
-        writev = ImageFile.writev
+        writev, discard = ImageFile.writev, ImageFile.discard
 
         def record(file: ImageFile, offset: int, buffers: list[memoryview]) -> None:
             self.events.append((offset, b"".join(buffers)))
             writev(file, offset, buffers)
 
+        def punch(file: ImageFile, offset: int, length: int) -> None:
+            self.events.append((offset, bytes(length)))
+            discard(file, offset, length)
+
         monkeypatch.setattr(ImageFile, "writev", record)
+        monkeypatch.setattr(ImageFile, "discard", punch)
         monkeypatch.setattr(ImageFile, "flush", lambda file: self.events.append(None))
 
     def moments(self, count: int, rng: random.Random) -> list[int]:

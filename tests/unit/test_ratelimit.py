@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmpy.core.errors import ConfigError
-from kvmpy.core.ratelimit import BURST, RateLimit, TokenBucket, parse_bandwidth
+from kvmpy.core.ratelimit import BURST, LEAST_WAIT, RateLimit, TokenBucket, parse_bandwidth
 from kvmpy.core.regs import Device
 from kvmpy.testing import StepLoop
 
@@ -70,3 +70,19 @@ def test_without_limits_nothing_waits() -> None:
     limit = RateLimit(loop, owner, owner.resume, bandwidth=None, iops=None)
 
     assert all(limit.spend(1 << 40) for _ in range(100))
+
+
+def test_small_operations_go_in_batches() -> None:
+    """Not a timer for each: the loop rests for some milliseconds, and the mean is kept."""
+    loop, owner = StepLoop(), Owner()
+    limit = RateLimit(loop, owner, owner.resume, bandwidth=None, iops=10_000)
+    count = 0
+
+    for _ in range(1000):
+        while not limit.waiting:
+            limit.spend(1)
+            count += 1
+        loop.advance(LEAST_WAIT)
+
+    assert owner.resumed == 1000
+    assert count == pytest.approx(10_000 * (1000 * LEAST_WAIT + BURST), rel=0.01)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from kvmpy.core.board import Reason, Stop
+from kvmpy.core.record import replace
 from kvmpy.core.text import printable
 from kvmpy.evidence import Activity, Cpu, Evidence, Exits, Instruction, _disassemble, _in_tight_loop, _lead_in
 from kvmpy.hints import hints, init_error, wait_status

@@ -99,6 +99,21 @@ def test_a_socket_does_not_block(loop: EventLoop) -> None:
     theirs.close()
 
 
+def test_what_is_lost_at_the_end_has_gone_too(loop: EventLoop) -> None:
+    """Or its owner waited for ever for a client that has left with some of its output unread."""
+    ours, theirs = socket.socketpair()
+    sent = Counter(1 << 20)
+    writer = Writer(loop, ours.fileno(), sent)
+
+    write(loop, writer, bytes(1 << 20))
+    loop.call_soon(writer.close)
+
+    sent.wait()
+    assert sent.total == 1 << 20
+    ours.close()
+    theirs.close()
+
+
 def test_a_file_keeps_its_shared_offset(loop: EventLoop, tmp_path: Path) -> None:
     fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     os.write(fd, b"before ")

@@ -15,7 +15,7 @@ from kvmpy.testing import PCI_ECAM, PCI_WINDOW, FakeBoard, RingDriver
 from kvmpy.virtio import pci
 from kvmpy.virtio.device import VirtioDevice
 from kvmpy.virtio.queue import VirtQueue
-from kvmpy.virtio.spec import INTERRUPT, STATUS, F, Type
+from kvmpy.virtio.spec import STATUS, F, Type
 
 READY = STATUS.ACKNOWLEDGE | STATUS.DRIVER | STATUS.FEATURES_OK | STATUS.DRIVER_OK
 FUNCTION = PCI_ECAM + (8 << 12)  # configuration space of 00:01.0
@@ -257,15 +257,6 @@ def test_any_accesses_are_survived(accesses: list[tuple[bool, int, int, int]]) -
     assert driver.get("Status") == READY
 
 
-def test_fields_are_accessed_whole(driver: RingDriver) -> None:
-    write(driver, 0x14, 2, STATUS.ACKNOWLEDGE)
-    write(driver, 0x16, 4, 0x0001_0001)
-    write(driver, 0x17, 1, 1)
-
-    assert [read(driver, 0x14, size) for size in (1, 2, 4)] == [0, 0, 0]
-    assert (get(driver, "queue_select"), read(driver, 0x12, 2), read(driver, 0x12, 1)) == (0, 2, 0)
-
-
 # The access through the configuration space.
 
 
@@ -327,15 +318,6 @@ def test_vector_that_is_not_there_reads_back_as_none(driver: RingDriver, vector:
     assert (get(driver, "config_msix_vector"), get(driver, "queue_msix_vector")) == (NONE, NONE)
 
 
-def test_reset_forgets_vectors_but_not_messages(driver: RingDriver) -> None:
-    driver.start()
-    driver.set("Status", 0)
-
-    assert (get(driver, "config_msix_vector"), get(driver, "queue_msix_vector")) == (NONE, NONE)
-    assert driver.transport.msix.enabled
-    assert driver.board.messages[1].message == (msix.MESSAGES, 0x31)
-
-
 def test_each_queue_has_its_vector(driver: RingDriver) -> None:
     driver.start()
     driver.submit(1, [b"x"])
@@ -370,20 +352,6 @@ def test_masked_queue_interrupts_when_it_is_unmasked(driver: RingDriver) -> None
 
     assert silent == (0, 1 << 1)
     assert (driver.pulses, read(driver, pci.PBA, 8)) == (1, 0)
-
-
-def test_status_for_those_who_poll(driver: RingDriver) -> None:
-    at = next(at for at, entry in capabilities(driver.board) if entry[0] == msix.CAPABILITY)
-    driver.board.memory_bus.write(FUNCTION + at + 2, 2, 0)
-    driver.start()
-    driver.submit(0, [b"x"])
-    driver.kick(0)
-    driver.transport.core.device.config_changed()
-
-    seen = driver.get("InterruptStatus", 1), driver.get("InterruptStatus", 1)
-
-    assert seen == (INTERRUPT.USED_BUFFER | INTERRUPT.CONFIGURATION, 0)
-    assert driver.pulses == 0
 
 
 def test_vectors_and_isr_status_do_not_wait_for_the_device(driver: RingDriver, device: Probe) -> None:
@@ -490,16 +458,6 @@ def test_configuration(driver: RingDriver, device: Probe) -> None:
 
     assert driver.config(2, 2) == 0x0403
     assert device.told == [(2, b"\xcd\xab")]
-
-
-def test_generation_and_interrupt_tell_of_changes(driver: RingDriver, device: Probe) -> None:
-    driver.start()
-    before = driver.get("ConfigGeneration")
-
-    device.config_changed()
-
-    assert driver.get("ConfigGeneration") == before + 1
-    assert driver.interrupts() == INTERRUPT.CONFIGURATION
 
 
 # State.

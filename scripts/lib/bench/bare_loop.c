@@ -16,7 +16,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { RAM = 64 << 20, LOAD = 0x7c00, MAX_IMAGE = 0x98000, COM1 = 0x3f8, END_PORT = 0xf4 };
+enum { RAM = 128 << 20, LOAD = 0x7c00, MAX_IMAGE = 0x98000, COM1 = 0x3f8, END_PORT = 0xf4 };
 enum { ANSWER = 0x2f }; /* a UART that can send, a virtio device that is up */
 enum { TSS = 0xfffbd000, IDENTITY_MAP = 0xfffbc000, QUEUE_NOTIFY = 0xd0000050 };
 

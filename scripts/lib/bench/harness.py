@@ -57,6 +57,8 @@ class Row:
     def measure(self, options: Options, runs: dict[str, Run]) -> None:
         """Interleaved rounds, each begun by another contender, so that what else the machine does meets all alike."""
         names = [name for name in runs if re.search(options.only, name)]
+        if not names:
+            raise SystemExit(f"bench: {self.name} has no contender that matches; there are: {', '.join(runs)}")
         for turn in range(options.rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -86,8 +88,8 @@ class Row:
             "ratios": {},
         }
         for label, other in (("bare", BARE), ("qemu", best(by_name, QEMU, unit))):
-            if other in by_name and other != name:
-                record["ratios"][label] = ratio(values, by_name[other]) | {"to": other}
+            if other in by_name and other != name and (found := ratio(values, by_name[other])):
+                record["ratios"][label] = found | {"to": other}
         return record
 
 

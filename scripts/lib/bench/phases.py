@@ -19,6 +19,7 @@ from .contenders import ROOT, Contender, Job
 PARAMETERS = struct.Struct("<IIIIQQ")  # behind the first four bytes of the image
 PHASE = struct.Struct("<III")
 MAX_PHASES = 32
+WARMUP = 0.2  # seconds at most
 RUN_LIMIT = 300.0  # seconds for one run of one contender
 TICK = os.sysconf("SC_CLK_TCK")
 KVM_RUN = "16", "0xae80"  # the number of ioctl, the request
@@ -81,10 +82,10 @@ class Watch:
 
 
 def image(guest: str, contender: Contender, phases: Sequence[Phase], seconds: float) -> bytes:
-    """The guest with its parameters; it warms up each phase for a fifth of `seconds`."""
+    """The guest with its parameters; it warms up for a fifth of each phase, but not for long."""
     data = bytearray((ROOT / f"guests/build/bench_{guest}.bin").read_bytes())
-    ticks = int(seconds * tsc_hz())
-    head = (contender.device, contender.pin, contender.exit_port, len(phases), ticks, ticks // 5)
+    ticks, warmup = int(seconds * tsc_hz()), int(min(seconds / 5, WARMUP) * tsc_hz())
+    head = (contender.device, contender.pin, contender.exit_port, len(phases), ticks, warmup)
     PARAMETERS.pack_into(data, 4, *head)
     for number, phase in enumerate(phases):
         PHASE.pack_into(data, 4 + PARAMETERS.size + PHASE.size * number, *phase)
@@ -132,13 +133,13 @@ def _listen(process: subprocess.Popen[bytes], count: int) -> list[Measured]:
     borders: list[tuple[Border, Border, int]] = []
     begin: Border | None = None
     for line in process.stdout:
-        border = watch.border()
-        watch.find_vcpus()
         if line.startswith(b"B"):
-            begin = border
+            begin = watch.border()
+            watch.find_vcpus()
         elif line.startswith(b"E") and begin is not None:
-            borders.append((begin, border, int(line[1:], 16)))
+            borders.append((begin, watch.border(), int(line[1:], 16)))
+            watch.find_vcpus()
             begin = None
         if len(borders) == count:
             break
-    return [watch.between(*border) for border in borders]
+    return [watch.between(*border) for border in borders]  # when all vCPUs are known

@@ -1,4 +1,5 @@
-"""qcow2 images that lie about themselves: one line that names the file and the field, or EIO, nothing else."""
+"""qcow2 images that lie about themselves (rows 37 and 38 of the list of known attacks): one line that names the file
+and the field, or EIO, nothing else."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ import pytest
 
 from kvmpy.core.errors import HostError, ImageError, KvmpyError, NotFoundError
 from kvmpy.host.qcow2 import Qcow2
+from kvmpy.testing import FakeBoard
+from kvmpy.virtio.blk import Blk
 
 CLUSTER = 512
 BITS = 9
@@ -152,7 +155,7 @@ SAID_INSTEAD = {
         ("backing_file_offset", 1 << 63),
     ],
 )  # fmt: skip
-def test_absurd_field(path: Path, field: str, value: int, read_only: bool) -> None:
+def test_hostile_38_absurd_field(path: Path, field: str, value: int, read_only: bool) -> None:
     fields = {"backing_file_size": 8, field: value}
     result = use(path, image(**fields), read_only=read_only)
 
@@ -168,7 +171,6 @@ def test_absurd_field(path: Path, field: str, value: int, read_only: bool) -> No
         ({"magic": 0}, "no qcow2 image"),
         ({"crypt_method": 1}, "encrypted"),
         ({"crypt_method": 2}, "encrypted"),
-        ({"incompatible_features": 1 << 2}, "external data file"),
         ({"incompatible_features": 1 << 4}, "extended L2"),
         ({"incompatible_features": 1 << 5}, "unknown incompatible_features 0x20"),
         ({"incompatible_features": 1 << 63}, "unknown incompatible_features"),
@@ -178,15 +180,63 @@ def test_absurd_field(path: Path, field: str, value: int, read_only: bool) -> No
         ({"backing_file_offset": 256, "backing_file_size": 4}, "does not print"),
     ],
 )
-def test_refused(path: Path, fields: dict[str, int], said: str) -> None:
+def test_hostile_38_refused(path: Path, fields: dict[str, int], said: str) -> None:
     result = use(path, image(**fields), read_only=True)
 
     assert said in str(result)
     assert fine(result)
 
 
+def test_hostile_37_external_data_file_is_refused(path: Path) -> None:
+    result = use(path, image(incompatible_features=1 << 2), read_only=True)
+
+    assert "external data file" in str(result)
+    assert fine(result)
+
+
+def backed(name: bytes) -> bytearray:
+    """An image over the qcow2 image `name`."""
+    at = CLUSTER - len(name)
+    data = image(backing_file_offset=at, backing_file_size=len(name))
+    data[at:CLUSTER] = name
+    struct.pack_into(">II8s", data, HEADER_LENGTH, 0xE2792ACA, 5, b"qcow2")  # the backing file's format
+    return data
+
+
+def test_hostile_37_backing_file_is_not_opened_unasked(path: Path) -> None:
+    path.write_bytes(backed(b"/etc/shadow"))
+
+    with pytest.raises(ImageError, match="which is opened only when asked for"):
+        Blk(path=path, format="qcow2").attach(FakeBoard())
+
+
+def test_hostile_38_image_that_backs_itself(path: Path) -> None:
+    path.write_bytes(backed(path.name.encode()))
+
+    with pytest.raises(ImageError, match="a cycle"):
+        Qcow2(path, backing=True)
+
+
+def test_hostile_38_images_that_back_each_other(path: Path) -> None:
+    path.write_bytes(backed(b"other.qcow2"))
+    (path.parent / "other.qcow2").write_bytes(backed(path.name.encode()))
+
+    with pytest.raises(ImageError, match="a cycle"):
+        Qcow2(path, backing=True)
+
+
+@pytest.mark.parametrize("counted", [0, 0xFFFF])
+def test_hostile_38_reference_counts_that_lie(path: Path, counted: int) -> None:
+    """Nothing but a later repair depends on the counts of clusters that are in use."""
+    data = image()
+    struct.pack_into(f">{END}H", data, REFCOUNT_BLOCK * CLUSTER, *[counted] * END)
+
+    assert fine(use(path, data))
+    assert fine(use(path, data, read_only=True))
+
+
 @pytest.mark.parametrize(("bit", "said"), [(0, "dirty"), (1, "damaged")])
-def test_marked_images_are_only_read(path: Path, bit: int, said: str) -> None:
+def test_hostile_38_marked_images_are_only_read(path: Path, bit: int, said: str) -> None:
     data = image(incompatible_features=1 << bit)
 
     assert said in str(use(path, data))
@@ -195,7 +245,7 @@ def test_marked_images_are_only_read(path: Path, bit: int, said: str) -> None:
 
 
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFFFF8, 512 - HEADER_LENGTH - 7])
-def test_header_extension_is_too_long(path: Path, length: int) -> None:
+def test_hostile_38_header_extension_is_too_long(path: Path, length: int) -> None:
     data = image()
     struct.pack_into(">II", data, HEADER_LENGTH, 0x12345678, length)
 
@@ -217,7 +267,7 @@ def test_header_extension_is_too_long(path: Path, length: int) -> None:
         (SNAPSHOTS, 1 << 63, "snapshot 0"),
     ],
 )
-def test_table_leads_nowhere(path: Path, at: int, entry: int, said: str) -> None:
+def test_hostile_38_table_leads_nowhere(path: Path, at: int, entry: int, said: str) -> None:
     data = image()
     struct.pack_into(">Q", data, at * CLUSTER, entry)
     result = use(path, data)
@@ -234,7 +284,7 @@ def test_table_leads_nowhere(path: Path, at: int, entry: int, said: str) -> None
         0xFFFFFFFFFFFFFFFF,
     ],
 )  # fmt: skip
-def test_bad_l2_entry_is_an_input_output_error(path: Path, entry: int) -> None:
+def test_hostile_38_bad_l2_entry_is_an_input_output_error(path: Path, entry: int) -> None:
     data = image()
     struct.pack_into(">Q", data, L2 * CLUSTER, entry)
     path.write_bytes(data)
@@ -245,7 +295,7 @@ def test_bad_l2_entry_is_an_input_output_error(path: Path, entry: int) -> None:
     disk.close()
 
 
-def test_zero_flag_means_nothing_in_version_2(path: Path) -> None:
+def test_hostile_38_zero_flag_means_nothing_in_version_2(path: Path) -> None:
     data = image(2)
     struct.pack_into(">Q", data, L2 * CLUSTER, 1)
     path.write_bytes(data)
@@ -258,7 +308,7 @@ def test_zero_flag_means_nothing_in_version_2(path: Path) -> None:
 
 @pytest.mark.parametrize("entry", [COPIED, 0, 1], ids=["in place", "shared", "preallocated"])
 @pytest.mark.parametrize("table", [REFCOUNT_TABLE, REFCOUNT_BLOCK, L1, L2, SNAPSHOTS, SNAPSHOT_L1])
-def test_guest_never_writes_where_tables_are(path: Path, table: int, entry: int) -> None:
+def test_hostile_37_guest_never_writes_where_tables_are(path: Path, table: int, entry: int) -> None:
     """Else a guest could make itself a header with a backing file, for the next time the image is opened."""
     data = image()
     struct.pack_into(">Q", data, L2 * CLUSTER, table * CLUSTER | entry)
@@ -275,7 +325,7 @@ def test_guest_never_writes_where_tables_are(path: Path, table: int, entry: int)
 
 
 @pytest.mark.parametrize("used", [REFCOUNT_TABLE, REFCOUNT_BLOCK, L1, L2, SNAPSHOT_L1])
-def test_table_that_is_counted_as_free_is_not_given_away(path: Path, used: int) -> None:
+def test_hostile_38_table_that_is_counted_as_free_is_not_given_away(path: Path, used: int) -> None:
     data = image()
     struct.pack_into(">H", data, REFCOUNT_BLOCK * CLUSTER + 2 * used, 0)
     path.write_bytes(data)
@@ -288,7 +338,7 @@ def test_table_that_is_counted_as_free_is_not_given_away(path: Path, used: int) 
     assert path.read_bytes() == data
 
 
-def test_a_bomb_gives_one_cluster(path: Path) -> None:
+def test_hostile_38_a_bomb_gives_one_cluster(path: Path) -> None:
     data = image()
     bomb = zlib.compressobj(9, zlib.DEFLATED, -12)
     packed = bomb.compress(bytes(200_000)) + bomb.flush()
@@ -305,7 +355,7 @@ def test_a_bomb_gives_one_cluster(path: Path) -> None:
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("version", [2, 3])
-def test_cut_off_anywhere(path: Path, version: int, read_only: bool) -> None:
+def test_hostile_38_cut_off_anywhere(path: Path, version: int, read_only: bool) -> None:
     data = image(version)
     lengths = sorted({*range(2 * CLUSTER), *range(0, len(data), 31), *_around(range(0, len(data), CLUSTER))})
 
@@ -316,7 +366,7 @@ def test_cut_off_anywhere(path: Path, version: int, read_only: bool) -> None:
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("version", [2, 3])
-def test_every_byte_damaged(path: Path, version: int, read_only: bool) -> None:
+def test_hostile_38_every_byte_damaged(path: Path, version: int, read_only: bool) -> None:
     original = image(version)
     places = [at for at, byte in enumerate(original) if byte or at < 128 or at % CLUSTER < 24]
     wrong = {}
@@ -333,7 +383,7 @@ def test_every_byte_damaged(path: Path, version: int, read_only: bool) -> None:
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_fields_and_entries_with_extreme_numbers(path: Path, read_only: bool) -> None:
+def test_hostile_38_fields_and_entries_with_extreme_numbers(path: Path, read_only: bool) -> None:
     rng = random.Random(5)
     words = [at for at in range(0, END * CLUSTER, 4) if at < HEADER_LENGTH or at % CLUSTER < 16]
     extremes = [0, 1, 0x200, 0x400, 0x800, 0xFFFFFE00, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xC0000000]
@@ -350,7 +400,7 @@ def test_fields_and_entries_with_extreme_numbers(path: Path, read_only: bool) ->
     assert wrong == {}
 
 
-def test_huge_tables_are_not_loaded(path: Path) -> None:
+def test_hostile_38_huge_tables_are_not_loaded(path: Path) -> None:
     """A sparse file makes room for any table."""
     path.write_bytes(image(l1_size=0x10000000))
     with path.open("r+b") as file:

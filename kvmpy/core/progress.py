@@ -1,0 +1,66 @@
+"""Tells people at a terminal what takes so long: one line on standard error, which is gone when the work is done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+PATIENCE = 0.5  # seconds of work that nobody has to be told of
+PERIOD = 1.0
+CLEAR = "\r\x1b[K"
+
+_at_work = threading.Lock()  # held while something is told: what is done within says nothing of its own
+_shown = False
+
+
+def show() -> None:
+    """Tell from now on, where standard error is a terminal; for the command line, whose standard error it is."""
+    global _shown
+    quiet = "CI" in os.environ or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    _shown = sys.stderr is not None and sys.stderr.isatty() and not quiet
+
+
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """While the block runs, tell `title` and for how many seconds. The thread that does so is there since the work may
+    be one long call."""
+    if not _shown or not _at_work.acquire(blocking=False):
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_tell, args=(title, done), name="kvmpy-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        _at_work.release()
+
+
+def _tell(title: str, done: threading.Event) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    begin = time.monotonic()
+    wait = PATIENCE
+    while not done.wait(wait):
+        line = f"kvmpy: {title} ({time.monotonic() - begin:.0f} s)"
+        _write(CLEAR + line[: _columns() - 1])
+        wait = PERIOD
+    if wait == PERIOD:
+        _write(CLEAR)
+
+
+def _columns() -> int:
+    with suppress(OSError):
+        return os.get_terminal_size(2).columns or 80
+    return 80
+
+
+def _write(text: str) -> None:
+    with suppress(OSError):
+        os.write(2, text.encode(errors="replace"))
