@@ -1,4 +1,4 @@
-"""Serves the ordinary requests of a queue in C, without the GIL; the rest goes the way through Python.
+"""Serves what is ordinary in a queue in C, without the GIL; the rest goes the way through Python.
 
 Loaded when the first device that can use it is activated, and not at all with KVMPY_PURE=1. The twin has a copy of the
 queue's positions while it works; whatever it does not like it leaves in the ring (_virtqueue.c).
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .._virtqueue import ffi, lib
+from ..host.frames import MAX_FRAME
+from ..host.netsocket import LENGTH, FrameStream
 from .queue import Chain, VirtQueue
 
 BATCH = 64  # requests, and
@@ -65,6 +67,49 @@ class DiskTwin:
             elif outcome == lib.KVMPY_DRAINED:
                 self._drained = time.monotonic_ns()
         queue.more = True
+
+
+class WireTwin:
+    """Carries frames between the queues of a network device and a stream socket. Called with the device's lock held.
+
+    `longest` is the largest frame that the driver takes, `mergeable` says whether it may lie in several chains. Let go
+    of the twin before guest memory or the socket is closed.
+
+    `transmit` and `receive` return how they ended: with ODD the next one is Python's, with BLOCKED the host has no room
+    or no frame, with MORE it is time for others, and else the driver will kick.
+    """
+
+    ODD, BLOCKED, MORE = lib.KVMPY_ODD, lib.KVMPY_BLOCKED, lib.KVMPY_MORE
+
+    def __init__(self, queues: Sequence[VirtQueue], backend: FrameStream, *, longest: int, mergeable: bool) -> None:
+        self._rings = {queue.index: _ring(queue) for queue in queues}
+        self._backend = backend
+        self._rest = memoryview(bytearray(LENGTH + MAX_FRAME))
+        self._wire = wire = ffi.new("struct kvmpy_wire *")
+        wire.buffer, wire.size, wire.rest = _address(backend.buffer), len(backend.buffer), _address(self._rest)
+        wire.fd, wire.longest, wire.mergeable = backend.fileno(), longest, mergeable
+
+    def transmit(self, queue: VirtQueue) -> int:
+        """Send up to a round of frames; the backend has nothing left to send."""
+        outcome = self._run(lib.kvmpy_send_frames, queue)
+        if left := self._wire.rest_size:
+            self._backend.rest = memoryview(bytes(self._rest[:left]))
+        return outcome
+
+    def receive(self, queue: VirtQueue) -> int:
+        """Give the driver up to a round of frames."""
+        wire, backend = self._wire, self._backend
+        wire.start, wire.end = backend.start, backend.end
+        outcome = self._run(lib.kvmpy_receive_frames, queue)
+        backend.start, backend.end = wire.start, wire.end
+        return outcome
+
+    def _run(self, work: Callable[[Any, Any, int], int], queue: VirtQueue) -> int:
+        ring, _ = self._rings[queue.index]
+        ring.next_avail, ring.next_used = queue.positions
+        outcome = work(ring, self._wire, queue.size)
+        queue.positions = ring.next_avail, ring.next_used
+        return outcome
 
 
 def usable(queue: VirtQueue) -> bool:

@@ -1,0 +1,290 @@
+"""The twin of a network device's queues in C carries the frames that Python would, and leaves it all that is odd."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nics import BASIC, FRAME, MERGE, PLAIN, header
+
+from kvmpy._virtqueue import lib
+from kvmpy.core.memory import GuestMemory, Region
+from kvmpy.host import frames, netsocket
+from kvmpy.host.netsocket import FrameStream
+from kvmpy.testing import FakeBoard, RingDriver
+from kvmpy.virtio.net import NET_F, RX, TX, Chain, Net
+from kvmpy.virtio.queue import DESC
+from kvmpy.virtio.spec import F
+
+LOW = 8 << 20
+RINGS = 0x10000  # where RingDriver begins
+
+
+class Plugged(Net):
+    """Plugged into one end of a socket pair; notes the sizes of frames that reach Python."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("none", mac="02:00:00:00:00:01", **options)
+        self.seen: list[int] = []
+
+    def open(self) -> FrameStream:
+        mine, self.far = socket.socketpair()
+        self.far.setblocking(False)
+        mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        return FrameStream(mine, "the test")
+
+    def _outgoing(self, chain: Chain) -> Any:
+        self.seen.append(chain.size)
+        return super()._outgoing(chain)
+
+    def _incoming(self, raw: memoryview) -> Any:
+        self.seen.append(len(raw))
+        return super()._incoming(raw)
+
+
+class Side:
+    """A network device with a driver that is up, with the twin or without."""
+
+    def __init__(self, *, pure: bool = False, features: int = MERGE, size: int = 0, **options: Any) -> None:
+        self.board = FakeBoard()
+        self.board.mem = GuestMemory([Region(0, memoryview(bytearray(LOW)))])
+        self.net = Plugged(**options)
+        self.net.attach(self.board)
+        self.driver = RingDriver(self.board)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("kvmpy.virtio.net.PURE", pure)
+            self.driver.start(features, [size, size] if size else None)
+        self.wire = b""  # all that has come out of it
+
+    def settle(self) -> None:
+        """Until nothing happens any more, the other end reading all the time."""
+        for _ in range(16):
+            self.board.steps.turn()
+            for fd in list(self.board.steps.watched):
+                self.board.steps.ready(fd)
+            self.drain()
+
+    def drain(self) -> None:
+        try:
+            while data := self.net.far.recv(1 << 20):
+                self.wire += data
+        except OSError:
+            return
+
+    def send(self, *readable: bytes, indirect: bool = False) -> int:
+        return self.driver.submit(TX, readable, indirect=indirect)
+
+    def kick(self) -> None:
+        for index in (RX, TX):
+            self.driver.set("QueueNotify", index)
+        self.settle()
+
+    def arrive(self, *frames: bytes) -> None:
+        self.net.far.sendall(b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames))
+
+    @property
+    def outcome(self) -> tuple[object, ...]:
+        """All that a guest, the other end or a person can see of what has happened."""
+        ram = bytes(self.board.mem.regions[0].buf)
+        counts = self.net.tx_dropped, self.net.rx_dropped, self.net.link
+        return ram, self.wire, counts, self.driver.get("Status"), self.board.logs, [*self.board.steps.watched.values()]
+
+    def close(self) -> None:
+        self.net.close()
+        self.net.far.close()
+
+
+@pytest.fixture
+def side() -> Iterator[Side]:
+    side = Side()
+    yield side
+    side.close()
+
+
+@pytest.fixture
+def sides() -> Iterator[list[Side]]:
+    """Python alone, and with the twin."""
+    sides = [Side(pure=True), Side()]
+    yield sides
+    for side in sides:
+        side.close()
+
+
+def wired(*frames: bytes) -> bytes:
+    return b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
+
+
+def test_numbers_are_those_of_python() -> None:
+    assert (lib.LENGTH, lib.VNET_HEADER) == (netsocket.LENGTH, frames.VNET_HEADER)
+    assert (lib.ETH_HEADER, lib.MAX_FRAME) == (frames.ETH_HEADER, frames.MAX_FRAME)
+
+
+def test_ordinary_frames_do_not_reach_python(side: Side) -> None:
+    heads = [side.send(PLAIN, FRAME), side.send(PLAIN + FRAME[:20], FRAME[20:], indirect=True)]
+    room = [side.driver.submit(RX, writable=[12, 100]), side.driver.submit(RX, writable=[40])]
+    room += [side.driver.submit(RX, writable=[40])]
+    side.arrive(FRAME, FRAME)
+
+    side.kick()
+
+    assert side.net.seen == []
+    assert side.wire == wired(FRAME, FRAME)
+    assert side.driver.used(TX) == [(head, 0) for head in heads]
+    assert side.driver.used(RX) == [(room[0], 72), (room[1], 40), (room[2], 32)]
+    assert side.driver.data(RX, room[0])[:72] == header(1) + FRAME
+    assert (side.driver.data(RX, room[1]) + side.driver.data(RX, room[2]))[:72] == header(2) + FRAME
+
+
+def test_more_than_the_socket_takes(side: Side) -> None:
+    """A frame that went out in part is finished before the next one."""
+    packets = [bytes([n]) * 60000 for n in range(8)]
+    for packet in packets:
+        side.send(PLAIN, packet)
+
+    side.driver.set("QueueNotify", TX)
+    side.board.steps.turn()
+    before = len(side.driver.used(TX))
+    side.settle()
+
+    assert 0 < before < len(packets)
+    assert side.wire == wired(*packets)
+    assert side.net.seen == []
+
+
+def test_frames_in_pieces(side: Side) -> None:
+    stream = wired(FRAME, b"\1" * 14, b"\2" * 1500)
+    heads = [side.driver.submit(RX, writable=[2000]) for _ in range(3)]
+    side.kick()
+
+    for at in range(0, len(stream), 7):
+        side.net.far.send(stream[at : at + 7])
+        side.board.steps.ready(next(iter(side.board.steps.watched)))
+    side.settle()
+
+    assert side.driver.used(RX) == [(head, 12 + size) for head, size in zip(heads, (60, 14, 1500), strict=True)]
+    assert side.net.seen == []
+
+
+@pytest.mark.parametrize("options", [{"pcap": True}, {"tx_ops": 1000}, {"rx_bandwidth": "10M"}], ids=str)
+def test_networks_that_need_python_for_all(tmp_path: Path, options: dict[str, Any]) -> None:
+    side = Side(**{key: tmp_path / "x.pcap" if key == "pcap" else value for key, value in options.items()})
+    side.send(PLAIN, FRAME)
+
+    side.kick()
+    side.close()
+
+    assert side.net.seen == [72]
+
+
+def test_other_end_hangs_up(sides: list[Side]) -> None:
+    for side in sides:
+        side.net.far.close()
+        side.send(PLAIN, FRAME)
+        side.driver.submit(RX, writable=[2000])
+        side.kick()
+
+    python, twin = (side.outcome for side in sides)
+    assert twin == python
+
+
+def test_cable_is_pulled_out(sides: list[Side]) -> None:
+    for side in sides:
+        side.driver.submit(RX, writable=[2000])
+        side.kick()
+        with side.net.lock:
+            side.net.set_link(False)
+        side.arrive(FRAME)
+        side.send(PLAIN, FRAME)
+        side.kick()
+
+    python, twin = (side.outcome for side in sides)
+    assert twin == python
+    assert sides[1].wire == b""
+
+
+def test_reset_lets_go_of_memory() -> None:
+    board = FakeBoard()
+    board.mem = GuestMemory.allocate([(0, 1 << 20)])
+    net = Plugged()
+    net.attach(board)
+    driver = RingDriver(board)
+    driver.start(MERGE)
+
+    driver.set("Status", 0)
+    driver.queues.clear()
+
+    board.mem.close()
+    net.close()
+    net.far.close()
+
+
+# Whatever either end does: as without the twin.
+
+SIZES = st.sampled_from([0, 1, 13, 14, 15, 60, 1514, 1518, 1519, 4000, 65549, 65550])
+ROOMS = st.sampled_from([0, 1, 11, 12, 13, 40, 72, 1526, 4096, 66000])
+FEATURES = [MERGE, BASIC, MERGE & ~F.EVENT_IDX, MERGE & ~F.INDIRECT_DESC, MERGE | NET_F.MTU]
+Step = tuple[Any, ...]
+
+
+def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
+    places = sorted(place % (len(data) + 1) for place in places)
+    return [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
+
+
+cuts = st.lists(st.integers(0, 200), max_size=3)
+outgoing = st.tuples(st.just("send"), st.integers(0, 12) | st.just(12), SIZES, cuts, st.booleans())
+offered = st.tuples(st.just("offer"), st.lists(ROOMS, min_size=1, max_size=3), st.booleans())
+arriving = st.tuples(st.just("arrive"), SIZES.filter(lambda size: 0 < size <= frames.MAX_FRAME))
+GARBAGE = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\1\0\x0e", b"\0\0"]  # no length of a frame, and half of one
+descriptors = st.builds(
+    DESC.pack,
+    st.sampled_from([0, RINGS, RINGS + 0x100, 0x40000, LOW - 512, LOW - 1, LOW, (1 << 64) - 1]),
+    st.sampled_from([0, 1, 12, 16, 32, 33, 60, 512, 513, 0xFFFFFFFF]),
+    st.integers(0, 7),
+    st.integers(0, 9),
+)
+poke = st.tuples(st.just("poke"), st.integers(0, 48), descriptors)
+index = st.tuples(st.just("poke"), st.integers(8, 40), st.integers(0, 20).map(lambda n: bytes([n, 0])))
+kick = st.just(("kick",))
+
+
+def play(side: Side, step: Step) -> None:
+    match step:
+        case "send", head, size, places, indirect:
+            indirect = indirect and bool(side.driver.features & F.INDIRECT_DESC)
+            side.send(*cut(PLAIN[:head] + bytes([size % 251 + 1]) * size, places), indirect=indirect)
+        case "offer", rooms, indirect:
+            indirect = indirect and bool(side.driver.features & F.INDIRECT_DESC)
+            side.driver.submit(RX, writable=rooms, indirect=indirect)
+        case "arrive", size:
+            side.arrive(bytes([size % 250 + 1]) * size)
+        case "garbage", data:
+            side.net.far.send(data)
+        case "poke", at, data:
+            side.board.mem.write(RINGS + (16 if len(data) == DESC.size else 2) * at, data)
+        case _:
+            side.kick()
+
+
+@settings(max_examples=250)
+@given(
+    st.sampled_from(FEATURES),
+    st.lists(st.one_of(outgoing, outgoing, offered, offered, arriving, arriving, kick, poke, index), max_size=24),
+    st.sampled_from(GARBAGE),
+)
+def test_twin_and_python_agree(features: int, steps: list[Step], garbage: bytes) -> None:
+    mtu = 1500 if features & NET_F.MTU else None
+    sides = [Side(pure=pure, features=features, size=16, mtu=mtu) for pure in (True, False)]
+    for step in [*steps, ("kick",), ("offer", [2000], False), ("garbage", garbage), ("kick",)]:
+        for side in sides:
+            play(side, step)
+        if step[0] == "kick":
+            python, twin = (side.outcome for side in sides)
+            assert twin == python
+    for side in sides:
+        side.close()
