@@ -181,15 +181,34 @@ def test_networks_that_need_python_for_all(tmp_path: Path, options: dict[str, An
     assert side.net.seen == [72]
 
 
-def test_other_end_hangs_up(sides: list[Side]) -> None:
+@pytest.mark.parametrize("way", [TX, RX], ids=["sending", "receiving"])
+def test_other_end_hangs_up(sides: list[Side], way: int) -> None:
     for side in sides:
         side.net.far.close()
-        side.send(PLAIN, FRAME)
-        side.driver.submit(RX, writable=[2000])
+        side.driver.submit(way, *([PLAIN, FRAME], []) if way == TX else ([], [2000]))
+        side.driver.set("QueueNotify", way)
+        side.board.steps.turn()
+        side.settle()
+
+    python, twin = (side.outcome for side in sides)
+    assert twin == python
+    assert not sides[1].net.link
+
+
+@pytest.mark.parametrize("features", [BASIC, MERGE], ids=["one chain", "several"])
+def test_frame_that_the_first_chain_is_too_small_for(features: int) -> None:
+    sides = [Side(pure=pure, features=features) for pure in (True, False)]
+    for side in sides:
+        for room in (20, 2000, 2000):
+            side.driver.submit(RX, writable=[room])
+        side.arrive(FRAME, FRAME)
         side.kick()
 
     python, twin = (side.outcome for side in sides)
     assert twin == python
+    assert sides[1].net.rx_dropped == (2 if features == BASIC else 0)
+    for side in sides:
+        side.close()
 
 
 def test_cable_is_pulled_out(sides: list[Side]) -> None:
@@ -249,7 +268,11 @@ descriptors = st.builds(
     st.integers(0, 9),
 )
 poke = st.tuples(st.just("poke"), st.integers(0, 48), descriptors)
-index = st.tuples(st.just("poke"), st.integers(8, 40), st.integers(0, 20).map(lambda n: bytes([n, 0])))
+index = st.tuples(
+    st.just("poke"),
+    st.sampled_from([*range(128, 148), *range(344, 364)]),
+    st.integers(0, 20).map(lambda n: bytes([n, 0])),
+)
 kick = st.just(("kick",))
 
 
