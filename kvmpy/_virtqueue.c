@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The hot path of virtio queues: the twin of virtio/queue.py, and of what virtio/blk.py does with ordinary requests and
- * virtio/net.py with ordinary frames on a stream socket (host/netsocket.py).
+ * virtio/net.py with ordinary frames on stream sockets (host/netsocket.py) and taps (host/tap.py).
  *
  * What is not ordinary - a rule of the queue broken, an odd request, an error of the host - is left in the ring as if
  * nobody had looked at it, and Python, which is told so, takes it from there: all errors have one home. A guest may
@@ -16,6 +16,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { MAX_REGIONS = 8, MAX_SEGMENTS = 256 };
 
@@ -64,6 +65,16 @@ struct kvmpy_wire {
     int32_t fd;
     uint32_t longest; /* frame for the guest */
     uint8_t mergeable;
+};
+
+/* A tap interface; each frame has a struct virtio_net_hdr in front. */
+struct kvmpy_tap {
+    uint8_t *buffer; /* of `size` bytes, more than a frame with its header */
+    uint32_t size, kept;
+    int32_t fd;
+    uint32_t longest, longest_gso;             /* frames for the guest: whole ones, unsegmented ones */
+    uint8_t host_csum, guest_csum, mergeable;  /* features */
+    uint8_t host_gso[256], guest_gso[256];     /* for each gso_type: whether it may be */
 };
 
 /* struct virtq_desc (VIRTIO 1.2, 2.7.5) */
@@ -505,6 +516,22 @@ static void scatter(struct iovec **room, const uint8_t *data, size_t size)
     }
 }
 
+/* Give the driver a frame in the chains of `in`, which have room for it: all but the last get full. */
+static void deliver(struct kvmpy_queue *queue, struct incoming *in, const void *header, const uint8_t *frame, uint32_t size)
+{
+    struct iovec *room = in->vector;
+    uint64_t left = VNET_HEADER + size;
+    scatter(&room, header, VNET_HEADER);
+    scatter(&room, frame, size);
+    for (unsigned i = 0; i < in->chains; i++) {
+        uint64_t written = in->chain[i].room < left ? in->chain[i].room : left;
+        put_used(queue, in->chain[i].head, (uint32_t)written);
+        left -= written;
+    }
+    queue->next_avail = (uint16_t)(queue->next_avail + in->chains);
+    publish(queue);
+}
+
 /* Give the driver up to `limit` frames. Returns an enum outcome, not DRAINED. */
 static int kvmpy_receive_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit)
 {
@@ -525,18 +552,97 @@ static int kvmpy_receive_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wi
         uint8_t header[VNET_HEADER] = {0}; /* struct virtio_net_hdr (VIRTIO 1.2, 5.1.6), num_buffers last */
         header[VNET_HEADER - 2] = (uint8_t)in.chains;
         header[VNET_HEADER - 1] = (uint8_t)(in.chains >> 8);
-        struct iovec *room = in.vector;
-        scatter(&room, header, sizeof header);
-        scatter(&room, wire->buffer + wire->start + LENGTH, size);
+        deliver(queue, &in, header, wire->buffer + wire->start + LENGTH, size);
         wire->start += LENGTH + size;
-        uint64_t left = VNET_HEADER + size;
-        for (unsigned i = 0; i < in.chains; i++) {
-            uint64_t written = in.chain[i].room < left ? in.chain[i].room : left;
-            put_used(queue, in.chain[i].head, (uint32_t)written);
-            left -= written;
-        }
-        queue->next_avail = (uint16_t)(queue->next_avail + in.chains);
+    }
+    return KVMPY_MORE;
+}
+
+/* Network devices on a tap interface, whose frames have a header and may be unfinished. */
+
+enum { HDR_F_NEEDS_CSUM = 1, GSO_NONE = 0, CHECKSUM = 2 }; /* VIRTIO 1.2, 5.1.6 */
+
+struct net_header { /* struct virtio_net_hdr */
+    uint8_t flags, gso_type;
+    uint16_t hdr_len, gso_size, csum_start, csum_offset, num_buffers;
+};
+
+/* Send up to `limit` frames. Returns an enum outcome, not DRAINED. */
+static int kvmpy_tap_send(struct kvmpy_queue *queue, const struct kvmpy_tap *tap, uint32_t limit)
+{
+    struct chain chain;
+    struct iovec vector[1 + MAX_SEGMENTS];
+    for (; limit; limit--) {
+        struct net_header header;
+        if (is_empty(queue))
+            return KVMPY_EMPTY;
+        if (!may_be(queue, queue->next_avail, avail_index(queue)) || !get_entry(queue, queue->next_avail, &chain))
+            return KVMPY_ODD;
+        if (!take_front(&chain, &header, sizeof header) || chain.size < ETH_HEADER || chain.size > MAX_FRAME)
+            return KVMPY_ODD;
+        header.flags &= tap->host_csum ? HDR_F_NEEDS_CSUM : 0; /* 5.1.6.2.2: ignore the others */
+        header.num_buffers = 0;
+        if (header.flags && (uint64_t)header.csum_start + header.csum_offset + CHECKSUM > chain.size)
+            return KVMPY_ODD;
+        if (header.gso_type != GSO_NONE && (!tap->host_gso[header.gso_type] || !header.flags || !header.gso_size ||
+                                            header.hdr_len > chain.size))
+            return KVMPY_ODD;
+        unsigned pieces = chain.readable - chain.first;
+        vector[0] = (struct iovec){&header, sizeof header};
+        memcpy(vector + 1, &chain.segment[chain.first], pieces * sizeof *vector);
+        ssize_t done;
+        do {
+            done = writev(tap->fd, vector, (int)(1 + pieces));
+        } while (done < 0 && errno == EINTR);
+        if (done < 0)
+            return errno == EAGAIN ? KVMPY_BLOCKED : KVMPY_ODD;
+        queue->next_avail++;
+        put_used(queue, chain.head, 0);
         publish(queue);
+    }
+    return KVMPY_MORE;
+}
+
+/* Whether the guest takes the frame of `size` bytes behind `header`, which is changed for it. */
+static int takes_frame(const struct kvmpy_tap *tap, struct net_header *header, uint32_t size)
+{
+    if (!tap->guest_csum) { /* 5.1.6.4.1 */
+        if (header->flags & HDR_F_NEEDS_CSUM)
+            return 0;
+        header->flags = 0;
+    }
+    uint32_t longest = header->gso_type == GSO_NONE ? tap->longest : tap->longest_gso;
+    return (header->gso_type == GSO_NONE || tap->guest_gso[header->gso_type]) && size >= ETH_HEADER && size <= longest;
+}
+
+/* Give the driver up to `limit` frames. Returns an enum outcome, not DRAINED; with ODD, `kept` is the size of the frame
+ * in the buffer that has not been delivered, 0 when there is none. */
+static int kvmpy_tap_receive(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit)
+{
+    struct incoming in;
+    tap->kept = 0;
+    for (; limit; limit--) {
+        if (is_empty(queue))
+            return KVMPY_EMPTY;
+        if (!collect_room(queue, &in, VNET_HEADER, 0))
+            return KVMPY_ODD; /* what waits for a frame must be fit for one */
+        ssize_t count;
+        do {
+            count = read(tap->fd, tap->buffer, tap->size);
+        } while (count < 0 && errno == EINTR);
+        if (count <= 0)
+            return count < 0 && errno == EAGAIN ? KVMPY_BLOCKED : KVMPY_ODD;
+        struct net_header header;
+        uint32_t whole = (uint32_t)count;
+        if (whole >= sizeof header)
+            memcpy(&header, tap->buffer, sizeof header);
+        if (whole < sizeof header || !takes_frame(tap, &header, whole - (uint32_t)sizeof header) ||
+            !collect_room(queue, &in, whole, tap->mergeable)) {
+            tap->kept = whole;
+            return KVMPY_ODD;
+        }
+        header.num_buffers = (uint16_t)in.chains;
+        deliver(queue, &in, &header, tap->buffer + sizeof header, whole - (uint32_t)sizeof header);
     }
     return KVMPY_MORE;
 }

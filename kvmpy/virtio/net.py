@@ -33,7 +33,7 @@ from .queue import Chain, VirtQueue
 from .spec import Type
 
 if TYPE_CHECKING:
-    from .twin import WireTwin
+    from .twin import FrameTwin
 
 RX, TX = 0, 1  # queues (5.1.2)
 WAKES = {RX: READ, TX: WRITE}  # what of the host a queue waits for
@@ -178,7 +178,7 @@ class Net(VirtioDevice):
         self.backend: NetBackend | None = None
         self._cable = link
         self._vnet = False  # the backend's frames have a header
-        self._twin: WireTwin | None = None  # while ordinary frames go through C
+        self._twin: FrameTwin | None = None  # while ordinary frames go through C
         self._events = -1  # what the loop watches the backend for; -1: nothing, not even its end
         self.features = NET_F.MAC | NET_F.STATUS | NET_F.MRG_RXBUF
         self.features |= NET_F.MTU if mtu is not None else 0
@@ -326,6 +326,7 @@ class Net(VirtioDevice):
         limit, batch = self._limits[RX], BATCH
         if self._twin is not None and self._cable and self._kept is None:
             outcome = self._twin.receive(queue)
+            self._kept = self._twin.kept
             if outcome != self._twin.ODD:
                 self._waiting |= READ if outcome == self._twin.BLOCKED else 0
                 queue.more = outcome == self._twin.MORE
@@ -439,18 +440,28 @@ class Net(VirtioDevice):
         if events >= 0:
             self.board.loop.add(descriptor, self._ready, events=events, owner=self)
 
-    def _make_twin(self, queues: Sequence[VirtQueue]) -> WireTwin | None:
-        """What carries frames in C: between a stream socket and a driver, where nobody counts or records them."""
+    def _make_twin(self, queues: Sequence[VirtQueue]) -> FrameTwin | None:
+        """What carries frames in C: between a socket or tap and a driver, where nobody counts or records them."""
         limited = any(limit.limited for limit in self._limits.values())
-        stream = self.backend if isinstance(self.backend, netsocket.FrameStream) else None
-        if PURE or stream is None or limited or self._pcap is not None or not all(queue.ready for queue in queues):
+        if PURE or limited or self._pcap is not None or not all(queue.ready for queue in queues):
             return None
         from . import twin
 
+        backend, mergeable = self.backend, bool(self._accepted & NET_F.MRG_RXBUF)
         if not all(map(twin.usable, queues)):
             return None
-        mergeable = bool(self._accepted & NET_F.MRG_RXBUF)
-        return twin.WireTwin(queues, stream, longest=self._longest(GSO_NONE), mergeable=mergeable)
+        if isinstance(backend, netsocket.FrameStream) and _is_plain(backend, netsocket.FrameStream):
+            return twin.WireTwin(queues, backend, longest=self._longest(GSO_NONE), mergeable=mergeable)
+        if isinstance(backend, tap.Tap) and _is_plain(backend, tap.Tap):
+            return twin.TapTwin(
+                queues,
+                backend,
+                longest=(self._longest(GSO_NONE), self._longest(GSO_TCPV4)),
+                mergeable=mergeable,
+                checksums=(bool(self._accepted & NET_F.CSUM), bool(self._accepted & NET_F.GUEST_CSUM)),
+                gso=(self._host_gso, self._guest_gso),
+            )
+        return None
 
     def _unplug(self) -> None:
         self._twin = None
@@ -541,6 +552,11 @@ def _gso_types(features: int, tso4: int, tso6: int, ecn: int) -> frozenset[int]:
     """The values of gso_type that `features` allow, besides GSO_NONE."""
     types = {kind for kind, feature in ((GSO_TCPV4, tso4), (GSO_TCPV6, tso6)) if features & feature}
     return frozenset(types | {kind | GSO_ECN for kind in types if features & ecn})
+
+
+def _is_plain(backend: NetBackend, kind: type[NetBackend]) -> bool:
+    """Whether frames go the way of `kind`, not that of a class which was made from it."""
+    return (type(backend).send, type(backend).receive) == (kind.send, kind.receive)
 
 
 def _take_offloads(backend: NetBackend, features: int) -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nics import BASIC, FRAME, MERGE, PLAIN, header
+from nics import BASIC, FRAME, MERGE, OFFLOADS, PLAIN, header
 
 from kvmpy._virtqueue import lib
 from kvmpy.core.memory import GuestMemory, Region
 from kvmpy.host import frames, netsocket
+from kvmpy.host.frames import MAX_FRAME, VLAN_TAG, VNET_HEADER
 from kvmpy.host.netsocket import FrameStream
+from kvmpy.host.tap import Tap
 from kvmpy.testing import FakeBoard, RingDriver
-from kvmpy.virtio.net import NET_F, RX, TX, Chain, Net
+from kvmpy.virtio.net import GSO_ECN, GSO_TCPV4, GSO_TCPV6, NET_F, RX, TX, Chain, Header, Net
 from kvmpy.virtio.queue import DESC
 from kvmpy.virtio.spec import F
 
@@ -32,7 +35,7 @@ class Plugged(Net):
         super().__init__("none", mac="02:00:00:00:00:01", **options)
         self.seen: list[int] = []
 
-    def open(self) -> FrameStream:
+    def open(self) -> FrameStream | Tap:
         mine, self.far = socket.socketpair()
         self.far.setblocking(False)
         mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
@@ -47,13 +50,41 @@ class Plugged(Net):
         return super()._incoming(raw)
 
 
+class Datagrams(Tap):
+    """A tap whose other end the test holds: here, too, each frame is one message."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._fd = end.detach()
+        self.name = "the test"
+        self.buffer = memoryview(bytearray(VNET_HEADER + MAX_FRAME + VLAN_TAG))
+
+    def set_offloads(self, flags: int) -> None:
+        self.offloads = flags
+
+
+class Tapped(Plugged):
+    """Plugged into a tap."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.features |= NET_F.OFFLOADS
+
+    def open(self) -> Tap:
+        mine, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.far.setblocking(False)
+        return Datagrams(mine)
+
+
 class Side:
     """A network device with a driver that is up, with the twin or without."""
 
-    def __init__(self, *, pure: bool = False, features: int = MERGE, size: int = 0, **options: Any) -> None:
+    def __init__(
+        self, *, pure: bool = False, features: int = MERGE, size: int = 0, kind: type[Plugged] = Plugged, **options: Any
+    ):
         self.board = FakeBoard()
         self.board.mem = GuestMemory([Region(0, memoryview(bytearray(LOW)))])
-        self.net = Plugged(**options)
+        self.net = kind(**options)
         self.net.attach(self.board)
         self.driver = RingDriver(self.board)
         with pytest.MonkeyPatch.context() as patch:
@@ -85,6 +116,7 @@ class Side:
         self.settle()
 
     def arrive(self, *frames: bytes) -> None:
+        """From a stream socket."""
         self.net.far.sendall(b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames))
 
     @property
@@ -281,11 +313,16 @@ def play(side: Side, step: Step) -> None:
         case "send", head, size, places, indirect:
             indirect = indirect and bool(side.driver.features & F.INDIRECT_DESC)
             side.send(*cut(PLAIN[:head] + bytes([size % 251 + 1]) * size, places), indirect=indirect)
+        case "tap send", head, size, places:
+            side.send(*cut(head + bytes([size % 251 + 1]) * size, places))
         case "offer", rooms, indirect:
             indirect = indirect and bool(side.driver.features & F.INDIRECT_DESC)
             side.driver.submit(RX, writable=rooms, indirect=indirect)
         case "arrive", size:
             side.arrive(bytes([size % 250 + 1]) * size)
+        case "message", data:
+            with suppress(BlockingIOError):  # the queue of datagrams is short
+                side.net.far.send(data)
         case "garbage", data:
             side.net.far.send(data)
         case "poke", at, data:
@@ -311,3 +348,58 @@ def test_twin_and_python_agree(features: int, steps: list[Step], garbage: bytes)
             assert twin == python
     for side in sides:
         side.close()
+
+
+# A tap: frames have headers, with which they may be unfinished.
+
+headers = st.builds(
+    lambda *fields: bytes(Header(*fields)),
+    st.sampled_from([0, 1, 1, 1, 2, 3, 0xFF]),
+    st.sampled_from([0, 0, 0, GSO_TCPV4, GSO_TCPV6, GSO_TCPV4 | GSO_ECN, GSO_TCPV6 | GSO_ECN, 2, 3, GSO_ECN, 0xFF]),
+    st.sampled_from([0, 14, 54, 60, 61, 0xFFFF]),
+    st.sampled_from([0, 1, 1448, 1448]),
+    st.sampled_from([0, 34, 42, 43, 0xFFFF]),
+    st.sampled_from([0, 16, 17, 0xFFFF]),
+    st.sampled_from([0, 1, 7]),
+)
+unfinished = st.tuples(st.just("tap send"), headers, SIZES, cuts)
+message = st.tuples(st.just("message"), st.builds(lambda head, size: head + b"\x5a" * size, headers, SIZES))
+short = st.tuples(st.just("message"), st.binary(min_size=1, max_size=13))
+TAP_FEATURES = [OFFLOADS, MERGE, BASIC, MERGE | NET_F.CSUM, OFFLOADS & ~NET_F.MRG_RXBUF, OFFLOADS | NET_F.MTU]
+TAP_FEATURES += [MERGE | NET_F.GUEST_CSUM, MERGE | NET_F.CSUM | NET_F.HOST_TSO4, OFFLOADS & ~NET_F.HOST_ECN]
+
+
+@settings(max_examples=250)
+@given(
+    st.sampled_from(TAP_FEATURES),
+    st.lists(
+        st.one_of(unfinished, unfinished, offered, offered, message, message, short, kick, poke, index), max_size=24
+    ),
+)
+def test_twin_and_python_agree_on_a_tap(features: int, steps: list[Step]) -> None:
+    mtu = 1500 if features & NET_F.MTU else None
+    sides = [Side(pure=pure, features=features, size=16, kind=Tapped, mtu=mtu) for pure in (True, False)]
+    for step in [*steps, ("kick",)]:
+        for side in sides:
+            play(side, step)
+        if step[0] == "kick":
+            python, twin = (side.outcome for side in sides)
+            assert twin == python
+    for side in sides:
+        side.close()
+
+
+def test_unfinished_frames_do_not_reach_python() -> None:
+    side = Side(kind=Tapped, features=OFFLOADS)
+    unfinished = bytes(Header(1, GSO_TCPV4, 54, 1448, 34, 16, 0)), bytes(4000)
+    head = side.send(*unfinished)
+    room = side.driver.submit(RX, writable=[5000])
+    side.net.far.send(b"".join(unfinished))
+
+    side.kick()
+
+    assert side.net.seen == []
+    assert side.wire == b"".join(unfinished)
+    assert (side.driver.used(TX), side.driver.used(RX)) == ([(head, 0)], [(room, 4012)])
+    assert side.driver.data(RX, room)[:12] == bytes(Header(1, GSO_TCPV4, 54, 1448, 34, 16, 1))
+    side.close()
