@@ -389,6 +389,52 @@ def test_twin_and_python_agree_on_a_tap(features: int, steps: list[Step]) -> Non
         side.close()
 
 
+TSO = Header(1, GSO_TCPV4, 54, 1448, 34, 16, 0)
+ONLY_CSUM, NO_CSUM = MERGE | NET_F.CSUM | NET_F.GUEST_CSUM, MERGE
+TAP_CASES = {
+    "whole": (NO_CSUM, Header(0, 0, 0, 0, 0, 0, 0), 60),
+    "flags of the other way": (OFFLOADS, Header(2, 0, 0, 0, 0, 0, 0), 60),
+    "flags without the feature": (NO_CSUM, Header(2, 0, 0, 0, 0, 0, 0), 60),
+    "checksum without the feature": (NO_CSUM, Header(1, 0, 0, 0, 34, 16, 0), 60),
+    "checksum": (ONLY_CSUM, Header(1, 0, 0, 0, 34, 16, 0), 60),
+    "checksum at the end": (ONLY_CSUM, Header(1, 0, 0, 0, 42, 16, 0), 60),
+    "checksum behind the end": (ONLY_CSUM, Header(1, 0, 0, 0, 43, 16, 0), 60),
+    "checksum that wraps": (ONLY_CSUM, Header(1, 0, 0, 0, 0xFFFF, 0xFFFF, 0), 60),
+    "segments": (OFFLOADS, TSO, 4000),
+    "segments without the feature": (ONLY_CSUM, TSO, 4000),
+    "segments with their checksum": (OFFLOADS, Header(0, GSO_TCPV4, 54, 1448, 34, 16, 0), 4000),
+    "segments of no size": (OFFLOADS, Header(1, GSO_TCPV4, 54, 0, 34, 16, 0), 4000),
+    "header longer than the frame": (OFFLOADS, Header(1, GSO_TCPV4, 61, 1448, 34, 16, 0), 60),
+    "unknown segments": (OFFLOADS, Header(1, 3, 54, 1448, 34, 16, 0), 4000),
+    "number of buffers": (NO_CSUM, Header(0, 0, 0, 0, 0, 0, 7), 60),
+    "longer than the MTU": (OFFLOADS | NET_F.MTU, Header(0, 0, 0, 0, 0, 0, 0), 1519),
+    "segments longer than the MTU": (OFFLOADS | NET_F.MTU, TSO, 4000),
+    "too short": (OFFLOADS, Header(0, 0, 0, 0, 0, 0, 0), 13),
+    "as long as can be": (OFFLOADS, TSO, MAX_FRAME),
+    "longer": (OFFLOADS, TSO, MAX_FRAME + 1),
+    "longer with a tag": (OFFLOADS, TSO, MAX_FRAME + VLAN_TAG),
+}
+
+
+@pytest.mark.parametrize("case", TAP_CASES.values(), ids=TAP_CASES)
+def test_unfinished_frames(case: tuple[int, Header, int]) -> None:
+    """Each way; what one of them may not carry is dropped."""
+    features, head, size = case
+    mtu = 1500 if features & NET_F.MTU else None
+    sides = [Side(pure=pure, features=features, kind=Tapped, mtu=mtu) for pure in (True, False)]
+    for side in sides:
+        side.send(bytes(head), b"x" * size)
+        side.driver.submit(RX, writable=[70000])
+        side.net.far.send(bytes(head) + b"x" * size)
+        side.kick()
+
+    python, twin = (side.outcome for side in sides)
+    assert twin == python
+    assert len(sides[1].net.seen) == sides[1].net.tx_dropped + sides[1].net.rx_dropped
+    for side in sides:
+        side.close()
+
+
 def test_unfinished_frames_do_not_reach_python() -> None:
     side = Side(kind=Tapped, features=OFFLOADS)
     unfinished = bytes(Header(1, GSO_TCPV4, 54, 1448, 34, 16, 0)), bytes(4000)
