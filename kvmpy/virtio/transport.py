@@ -116,6 +116,14 @@ class VirtioCore:
         """Whether the driver may still set up queues."""
         return not self.status & STATUS.DRIVER_OK
 
+    def settable(self, index: int) -> VirtQueue | None:
+        """Queue `index` for the driver to give it a size and addresses, which comes before it is enabled (3.1.1)."""
+        queue = self.queue(index)
+        if queue is None or (self.configurable and not queue.enabled):
+            return queue
+        self._board.log("a queue is set up too late", device=type(self.device).__name__, queue=index)
+        return None
+
     def kick(self, index: int) -> None:
         """Have queue `index` served on the event loop, once however often it is kicked until then.
 

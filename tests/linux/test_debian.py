@@ -7,7 +7,6 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -140,43 +139,6 @@ def kept(disk: Path) -> str:
 
 
 @pytest.fixture
-def cable(tmp_path: Path) -> Iterator[list[Path]]:
-    """Two sockets for --net socket=: what comes in at one goes out at the other."""
-    paths = [tmp_path / "one", tmp_path / "two"]
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in paths]
-        for listener, path in zip(listeners, paths, strict=True):
-            listener.bind(str(path))
-            listener.listen()
-        thread = threading.Thread(target=connect, args=listeners)
-        thread.start()
-        yield paths
-        for path in paths:
-            stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))  # in case that nobody else did
-        thread.join()
-
-
-def connect(one: socket.socket, other: socket.socket) -> None:
-    """Copy between the first connections to both until these end."""
-    ends = [one.accept()[0], other.accept()[0]]
-    threads = [threading.Thread(target=copy, args=pair) for pair in (ends, ends[::-1])]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for end in ends:
-        end.close()
-
-
-def copy(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):  # one of them has gone, with what was on its way
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
-
-
-@pytest.fixture
 def agent(tmp_path: Path) -> Iterator[Path]:
     """A socket for --device virtio-console: somebody connects to it, waits for a line and answers."""
     path = tmp_path / "agent"
@@ -211,7 +173,7 @@ def test_debians_own_initrd_finds_the_disk_on_pci(boot: Boot, debian: Path, disk
 
 @pytest.mark.parametrize("transport", ["mmio", "pci"])
 def test_everything_together(
-    boot: Boot, cloud: Path, disk: Path, tmp_path: Path, cable: list[Path], agent: Path, transport: str
+    boot: Boot, cloud: Path, disk: Path, tmp_path: Path, cable: Path, agent: Path, transport: str
 ) -> None:
     """Our initramfs, two disks, two network cards, entropy, a balloon, console and port: all of them work at once."""
     put(disk, "probe", PROBE)
@@ -222,7 +184,7 @@ def test_everything_together(
     done = boot(
         *("-k", cloud, "--transport", transport, "--console", "virtio", "--mem", "512M"),
         *("--disk", f"{disk},serial=first", "--disk", f"{data},serial=second"),
-        *("--net", f"socket={cable[0]},mac=02:00:00:00:00:01", "--net", f"socket={cable[1]},mac=02:00:00:00:00:02"),
+        *("--net", f"socket={cable},mac=02:00:00:00:00:01", "--net", f"socket={cable},mac=02:00:00:00:00:02"),
         *("--device", "virtio-rng", "--device", "virtio-balloon,target=64M"),
         *("--device", f"virtio-console,port=org.example.agent,path={agent}"),
         *("--append", "root=/dev/vda rw init=/usr/local/bin/probe loglevel=4 -- everything"),

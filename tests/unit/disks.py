@@ -83,15 +83,9 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["twin", "python"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether ordinary requests are served in C."""
+    """Who serves ordinary requests of disks; tests that put faults into `os` want "python"."""
     monkeypatch.setattr("kvmpy.virtio.blk.PURE", request.param == "python")
     return str(request.param)
-
-
-@pytest.fixture
-def pure(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in C: for tests that stand for the host."""
-    monkeypatch.setattr("kvmpy.virtio.blk.PURE", True)
 
 
 @pytest.fixture

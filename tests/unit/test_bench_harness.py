@@ -37,6 +37,7 @@ def test_ratio_is_taken_round_by_round(harness: ModuleType) -> None:
     (_, ours) = row(harness, "us", {BARE: [10, 20, 40], OURS: [20, 40, 100]})
 
     assert ours["median"] == 40
+    assert ours["over_bare"] == 20
     assert ours["ratios"]["bare"] == {"median": 2, "lowest": 2, "highest": 2.5, "to": BARE}
 
 
@@ -60,6 +61,19 @@ def test_each_round_begins_with_another(harness: ModuleType, tmp_path: Path) -> 
 
     assert "".join(order) == "abcbcacab"
     assert measured.figures["case", "us"] == {name: [1.0] * 3 for name in "abc"}
+
+
+def test_who_fails_is_left_out(harness: ModuleType, tmp_path: Path) -> None:
+    def fails() -> Iterator[Any]:
+        yield harness.Figure("case", "us", 1.0)
+        raise harness.Failed("did not end")
+
+    options = harness.Options(2, 0.1, False, tmp_path, "")
+    measured = harness.Row("exits")
+    measured.measure(options, {"good": lambda: [harness.Figure("case", "us", 2.0)], "bad": fails})
+
+    assert measured.figures["case", "us"] == {"good": [2.0, 2.0]}
+    assert measured.failures == ["exits: bad did not end"]
 
 
 @pytest.mark.parametrize(("ours", "met"), [(120, True), (119, False)])

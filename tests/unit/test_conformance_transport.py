@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from disks import SECTORS, Connect
@@ -665,7 +664,10 @@ def test_conformance_09_devices_are_found_by_bus_and_place() -> None:
 
 def test_conformance_09_word_on_the_command_line() -> None:
     """4.2.3.2: for kernels that do not find virtio-mmio by ACPI (LNRO0005, see test_acpi.py)."""
+    made = FakeBoard()
+    for _ in range(2):
+        Echo().attach(made)
     board = MainBoard.__new__(MainBoard)
-    board.virtio_mmio = [(SimpleNamespace(base=0xD0000000 + (n << 12), window=0x1000), 5 + n) for n in range(2)]
+    board.virtio_mmio = [(transport, 5 + n) for n, transport in enumerate(made.transports)]
 
     assert board.virtio_words() == ["virtio_mmio.device=4K@0xd0000000:5", "virtio_mmio.device=4K@0xd0001000:6"]

@@ -268,7 +268,8 @@ def test_hostile_40_disk_full(disk: Disk) -> None:
     assert [fields["why"] for _, fields in disk.board.logs] == [os.strerror(errno.EFBIG)]
 
 
-def test_hostile_40_host_input_output_error(pure: None, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["python"], indirect=True)
+def test_hostile_40_host_input_output_error(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """EIO in each direction."""
 
     def fail(fd: int, buffers: list[memoryview], offset: int) -> int:

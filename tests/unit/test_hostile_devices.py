@@ -473,14 +473,14 @@ def test_hostile_55_part_of_a_number_at_the_end(balloon: Inflatable, length: int
 
 @pytest.mark.parametrize("count", [1, 128])
 def test_hostile_55_list_longer_than_any(transport: str, count: int) -> None:
-    """All of RAM as a list, and half a gigabyte of it: a part counts."""
-    board = FakeBoard(RAM, transport)
+    """All of RAM as a list, and a gigabyte of it: a part counts."""
+    board = FakeBoard(8 << 20, transport)
     Balloon().attach(board)
     driver = RingDriver(board)
     driver.start(F.VERSION_1 | F.INDIRECT_DESC)
 
     with bounded(4 << 20):
-        offer_again_and_again(driver, INFLATE, RAM, count, 0)
+        offer_again_and_again(driver, INFLATE, 8 << 20, count, 0)
         driver.kick(INFLATE)
 
     assert driver.used(INFLATE) == [(0, 0)]

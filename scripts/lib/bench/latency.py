@@ -19,7 +19,7 @@ from pathlib import Path
 
 from . import phases
 from .contenders import BUILD, MIB, Contender, Job, Kvmpy, Qemu, disk_image, found
-from .harness import Figure, Options, Run
+from .harness import Failed, Figure, Options, Run
 from .phases import Phase
 
 READ, DEPTH, SIZE = 0, 32, 4096  # guests/bench/blk.c
@@ -73,7 +73,7 @@ def running(contender: Contender, job: Job) -> Iterator[subprocess.Popen[bytes]]
     try:
         assert process.stdout is not None
         if process.stdout.read(1) != b"B":
-            raise SystemExit(f"bench: {contender.name} does not start: {contender.command(job)}")
+            raise Failed(f"does not start: {contender.command(job)}")
         wait()
         process.stdout.read(1)  # the end of that line
         yield process
@@ -99,10 +99,10 @@ def keys(process: subprocess.Popen[bytes], ram: int, count: int) -> tuple[list[f
             while struct.unpack_from("<I", memory, AP_KEYS)[0] < number:
                 time.sleep(LOOK)
                 if time.perf_counter() - begin > PATIENCE:
-                    raise SystemExit("bench: a key did not come to the guest")
+                    raise Failed("did not bring a key to the guest")
             to_guest.append(time.perf_counter() - begin)
             if not select.select([process.stdout], [], [], PATIENCE)[0] or process.stdout.read(1) != b"k":
-                raise SystemExit("bench: a key got no echo")
+                raise Failed("gave no echo of a key")
             to_echo.append(time.perf_counter() - begin)
     return to_guest, to_echo
 
@@ -115,7 +115,7 @@ def guest_ram(pid: int, size: int) -> Iterator[mmap.mmap]:
             with link.open("r+b") as file, mmap.mmap(file.fileno(), size) as memory:
                 yield memory
             return
-    raise SystemExit(f"bench: process {pid} has no memfd of {size} bytes for its guest's RAM")
+    raise Failed(f"has no memfd of {size} bytes for its guest's RAM")
 
 
 def stops(path: Path, count: int) -> list[float]:
@@ -130,7 +130,7 @@ def stops(path: Path, count: int) -> list[float]:
             link.sendall(json.dumps({"execute": name}).encode() + b"\n")
             while "return" not in (answer := json.loads(lines.readline())):  # events come in between
                 if "error" in answer:
-                    raise SystemExit(f"bench: QEMU answers {answer}")
+                    raise Failed(f"answers {answer}")
 
         command("qmp_capabilities")
         for _ in range(count):

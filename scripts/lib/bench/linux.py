@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from .contenders import BUILD, ROOT, Contender, found
-from .harness import Figure, Options, Run
+from .harness import Failed, Figure, Options, Run
 
 TIME_LIMIT = 600  # seconds for all boots
 MEM = 512  # MiB
@@ -28,7 +28,7 @@ def runs(options: Options, folder: Path) -> dict[str, Run]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kernels = sorted((cache / "kvmpy/kernels/cloud/boot").glob("vmlinuz-*"))
     if not kernels:
-        raise SystemExit("bench: no kernel for the row linux: run scripts/fetch-kernel cloud")
+        raise Failed("no kernel for the row linux: run scripts/fetch-kernel cloud")
     kvmpy, initrd = BUILD / "venv/bin/kvmpy", folder / "initrd"
     subprocess.run([kvmpy, "initrd", "-o", initrd, "--exec", f"echo {INIT_SAYS}"], check=True)
     monitors = [monitor for monitor in found() if re.search(options.only, monitor.name)]

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from .contenders import MIB, ROOT, Contender, Job, disk_image, found
-from .harness import Figure, Options, Run
+from .harness import Failed, Figure, Options, Run
 from .start import image
 
 RAM = 128  # MiB
@@ -61,7 +61,7 @@ def figures(case: str, contender: Contender, job: Job, settle: float) -> Iterato
     try:
         if process.stdout.readline() != b"B\n":
             process.kill()
-            raise SystemExit(f"bench: {contender.name} does not start: {process.communicate()[1].decode()[-500:]}")
+            raise Failed(f"does not start: {process.communicate()[1].decode()[-500:]}")
         time.sleep(settle)
         rss, pss = beyond_ram(process.pid, job.mem * MIB)
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import phases
 from .contenders import BUILD, MIB, Contender, Job, Kvmpy, found
-from .harness import Figure, Options, Run
+from .harness import Failed, Figure, Options, Run
 from .memory import RAM, beyond_ram
 from .phases import Phase
 from .start import image
@@ -64,7 +64,7 @@ def at_once(contender: Contender, folder: Path, count: int) -> Iterator[Figure]:
         for process in processes:
             assert process.stdout is not None
             if os.read(process.stdout.fileno(), 1) != b"B":
-                raise SystemExit(f"bench: {contender.name}: not all of {count} machines start")
+                raise Failed(f"did not start all of {count} machines")
         seconds = time.monotonic() - begin
         pss = sum(beyond_ram(process.pid, RAM * MIB)[1] for process in processes)
     finally:
