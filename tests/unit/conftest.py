@@ -17,6 +17,7 @@ from kvmpy.virtio.blk import Blk
 from kvmpy.virtio.console import VirtioConsole
 from kvmpy.virtio.device import VirtioDevice
 from kvmpy.virtio.rng import Rng
+from kvmpy.virtio.vsock import Vsock
 
 __all__ = ["balloon", "connect", "disk", "path", "plugged", "rig", "switchboard", "syncs", "tap", "terminal"]
 
@@ -26,6 +27,7 @@ DEVICES: dict[str, Callable[[Path], VirtioDevice]] = {
     "rng": lambda image: Rng(),
     "balloon": lambda image: Balloon(stats=1),
     "console": lambda image: VirtioConsole(ports=2),
+    "vsock": lambda image: Vsock(),
 }
 
 
