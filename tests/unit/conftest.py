@@ -10,6 +10,7 @@ from balloons import balloon
 from consoles import switchboard, terminal
 from disks import connect, disk, path, syncs
 from nics import TapNet, plugged, rig, tap
+from vsocks import guest, reachable
 
 from kvmpy.testing import FakeBoard
 from kvmpy.virtio.balloon import Balloon
@@ -19,7 +20,20 @@ from kvmpy.virtio.device import VirtioDevice
 from kvmpy.virtio.rng import Rng
 from kvmpy.virtio.vsock import Vsock
 
-__all__ = ["balloon", "connect", "disk", "path", "plugged", "rig", "switchboard", "syncs", "tap", "terminal"]
+__all__ = [
+    "balloon",
+    "connect",
+    "disk",
+    "guest",
+    "path",
+    "plugged",
+    "reachable",
+    "rig",
+    "switchboard",
+    "syncs",
+    "tap",
+    "terminal",
+]
 
 DEVICES: dict[str, Callable[[Path], VirtioDevice]] = {
     "blk": lambda image: Blk(path=image, queues=2),
