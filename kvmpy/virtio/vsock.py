@@ -192,8 +192,6 @@ class Stream:
 
     def _header(self, op: int, size: int) -> bytes:
         self._told = fwd_cnt = self._received - self.socket.held & WRAP
-        if CREDIT_UPDATE in self._words:
-            self._words.remove(CREDIT_UPDATE)
         host_port, guest_port = self.key
         flags = self.said if op == SHUTDOWN else 0
         return HEADER.pack(HOST_CID, self._device.cid, host_port, guest_port, size, STREAM, op, flags, BUFFER, fwd_cnt)

@@ -147,7 +147,8 @@ def test_streams(cloud: Path, disk: Path, tmp_path: Path, transport: str) -> Non
         with connect(vsock, DEAF) as stream:
             taken = fill_up(stream)
             idle = busy(2)
-        ended = wait_until(lambda: not vsock._streams, 2 * LINGER)
+        ask(vm, "killall peer")
+        ended = wait_until(lambda: not vsock._streams and not vsock._retired, 2 * LINGER)
 
     assert cid == f"{CID}\r\n"
     assert echoes == [b"hello", b""]
