@@ -14,7 +14,8 @@ import pytest
 from vsocks import BUFFER_SIZE, CID, GUEST_PORT, PORT, ROOM, Guest, Packet
 
 from kvmpy.virtio.queue import DESC_F
-from kvmpy.virtio.vsock import (
+from kvmpy.virtio.vsock import RESETS, RX, TX
+from kvmpy.virtio.vsock_stream import (
     BUFFER,
     CREDIT_REQUEST,
     CREDIT_UPDATE,
@@ -23,14 +24,11 @@ from kvmpy.virtio.vsock import (
     HOST_CID,
     INVALID,
     REQUEST,
-    RESETS,
     RESPONSE,
     RST,
     RW,
-    RX,
     SHUTDOWN,
     STREAM,
-    TX,
 )
 
 RESET = Packet(HOST_CID, CID, PORT, GUEST_PORT, 0, STREAM, RST, 0, 0, 0)

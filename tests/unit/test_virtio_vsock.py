@@ -14,27 +14,21 @@ from kvmpy import catalogue
 from kvmpy.core.errors import ConfigError, HostError
 from kvmpy.testing import FakeBoard
 from kvmpy.virtio.spec import Type
-from kvmpy.virtio.vsock import (
+from kvmpy.virtio.vsock import EVENT, FIRST_HOST_PORT, LINGER, MAX_CONNECTIONS, RX, TX, Vsock
+from kvmpy.virtio.vsock_stream import (
     BUFFER,
     CREDIT_REQUEST,
     CREDIT_UPDATE,
     END,
-    EVENT,
-    FIRST_HOST_PORT,
     HEADER,
     HOST_CID,
-    LINGER,
-    MAX_CONNECTIONS,
     REQUEST,
     RESPONSE,
     RST,
     RW,
-    RX,
     SHUTDOWN,
     STREAM,
-    TX,
     UPDATE,
-    Vsock,
 )
 
 PAYLOAD = BUFFER_SIZE - HEADER.size
@@ -137,7 +131,15 @@ def test_nobody_listens_in_the_guest(guest: Guest) -> None:
 def test_there_is_no_driver_yet(guest: Guest) -> None:
     guest.driver.set("Status", 0)
 
-    with pytest.raises(ConnectionRefusedError):
+    with pytest.raises(ConnectionRefusedError, match="driver is not up"):
+        guest.device.connect(GUEST_PORT)
+
+
+def test_the_host_makes_too_many_connections(guest: Guest) -> None:
+    guest.device.limit = 1
+    guest.call()
+
+    with pytest.raises(ConnectionRefusedError, match="too many connections"):
         guest.device.connect(GUEST_PORT)
 
 
