@@ -68,8 +68,8 @@ class Vsock(VirtioDevice):
     cid   the guest's own address, 3 to 4294967294; machines may have the same, since each has a device of its own
     path  a UNIX socket, which is made, for programs that want to connect to the guest (host/vsocket.py)
 
-    There are at most `limit` connections: they never take more than half of the descriptors of this process. Raises ConfigError for a CID that is reserved; `attach` raises HostError
-    when it cannot listen.
+    There are at most `limit` connections, which take no more than half of this process's descriptors. Raises
+    ConfigError for a CID that is reserved; `attach` raises HostError when it cannot listen.
     """
 
     type_id = Type.VSOCK
