@@ -176,6 +176,8 @@ class Stream:
         self._answer(False)
 
     def _woken(self) -> None:
+        if self.gone:  # while the loop waited for the lock
+            return
         device = self._device
         self.socket.flush()
         self._moved()

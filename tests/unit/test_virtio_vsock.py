@@ -814,6 +814,43 @@ def test_a_reset_loses_nothing_that_the_guest_has_sent(guest: Guest) -> None:
     assert host.recv(64) == b""
 
 
+@pytest.mark.parametrize("waiting", ["for input", "for an answer", "for room", "for the end"])
+def test_a_wake_up_that_comes_after_a_reset(guest: Guest, waiting: str) -> None:
+    """A vCPU resets the device while the event loop waits for its lock."""
+    host = guest.call()
+    if waiting == "for an answer":
+        guest.connect()
+    elif waiting == "for room":
+        fill_up(guest)
+    elif waiting == "for the end":
+        host.shutdown(socket.SHUT_WR)
+        guest.settle()
+    late = [callback for callback, _ in guest.board.steps._watched.values()]
+
+    guest.driver.set("Status", 0)
+    for callback in late:
+        callback()
+
+    assert late
+    assert guest.device.speakers == {}
+    guest.start()
+    guest.settle()
+    guest.call()
+
+
+def test_a_client_that_comes_while_the_machine_ends(reachable: Guest) -> None:
+    """The event loop waits for the lock meanwhile."""
+    dial(reachable, b"CONN")
+    late = [callback for callback, _ in reachable.board.steps._watched.values()]
+
+    reachable.device.close()
+    for callback in late:
+        callback()
+    reachable.board.steps.advance(1)
+
+    assert (len(late), reachable.board.steps.watched) == (2, {})
+
+
 def test_a_driver_that_breaks_the_receive_queue(guest: Guest) -> None:
     """It is seen when the host sends."""
     host = guest.call()
