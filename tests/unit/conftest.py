@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from balloons import balloon
 from consoles import switchboard, terminal
-from disks import connect, disk, path, syncs
+from disks import connect, disk, engine, path, syncs
 from nics import TapNet, plugged, rig, tap
 from vsocks import guest, reachable
 
@@ -24,6 +24,7 @@ __all__ = [
     "balloon",
     "connect",
     "disk",
+    "engine",
     "guest",
     "path",
     "plugged",
