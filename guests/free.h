@@ -47,6 +47,12 @@ __attribute__((weak)) void *memset(void *to, int value, unsigned long size)
 }
 #endif
 
+/* Copy to a lower address, where the two may overlap. */
+static inline void move(void *to, const void *from, unsigned long size)
+{
+	__asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(size) : : "memory");
+}
+
 static inline unsigned long length(const char *text)
 {
 	unsigned long n = 0;
