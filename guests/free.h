@@ -29,7 +29,9 @@ static inline long syscall6(long number, long a, long b, long c, long d, long e,
 
 /* Strings. gcc may call the mem functions on its own. */
 
-#ifndef HOSTED
+#ifdef HOSTED
+#include <string.h>
+#else
 __attribute__((weak)) void *memcpy(void *to, const void *from, unsigned long size)
 {
 	void *at = to;

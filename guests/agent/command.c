@@ -329,7 +329,8 @@ static void queue(enum kind kind, int stream, const void *payload, u64 size)
 	struct header head = {.length = size, .kind = kind, .stream = stream};
 
 	memcpy(out + out_used, &head, sizeof head);
-	memcpy(out + out_used + sizeof head, payload, size);
+	if (size)
+		memcpy(out + out_used + sizeof head, payload, size);
 	out_used += sizeof head + size;
 }
 

@@ -56,7 +56,8 @@ void send_frame(enum kind kind, int stream, const void *payload, unsigned long s
 	static struct frame out;
 
 	out.head = (struct header){.length = size, .kind = kind, .stream = stream};
-	memcpy(out.payload, payload, size);
+	if (size)
+		memcpy(out.payload, payload, size);
 	send_all((char *)&out, sizeof out.head + size);
 }
 
