@@ -7,11 +7,14 @@
  * What the initramfs tells it (kvmpy/boot/initramfs.py writes these):
  *   /etc/kvmpy/modules  kernel modules, one path a line, in the order to load them; uncompressed
  *   /etc/kvmpy/exec     NUL-terminated words of the command to run; without this file there is a shell on the console
+ *   /usr/lib/kvmpy/agent  serves the host while all this goes on, if it is wanted (PROTOCOL.md)
  * What the kernel's command line tells it, through the environment that the kernel makes of unknown NAME=VALUE words:
  *   TERM, LINES, COLUMNS  the user's terminal, for the interactive shell
  * and, as any initramfs is told (Documentation/admin-guide/kernel-parameters.rst), in /proc/cmdline:
  *   root=/dev/NAME, root=LABEL=NAME or root=UUID=ID  the disk to go on from (by label and id: ext2, ext3, ext4 only);
  *                         with rootfstype=, rw, and init=. There is a shell when that is not possible.
+ *   kvmpy.agent=1         start the agent, in the root that the rest is to have
+ *   kvmpy.agent=only      start it, and run neither command, shell nor the disk's init: power off when it ends
  *
  * What it tells the virtual machine monitor:
  *   port 0x80, byte 0x41                 userspace reached (Cloud Hypervisor's debug port code)
@@ -289,6 +292,31 @@ static void open_console(void)
 	for (int i = 0; i < 3; i++)
 		if (SYS(fcntl, i, F_GETFD) < 0)
 			SYS(dup2, fd, i);
+}
+
+/* The kernel's command line. */
+
+static char cmdline[PAGE];
+
+/* What follows `name` in the last word of the kernel's command line that begins with it, up to the word's end; NULL. */
+static const char *option(const char *name, char *value, unsigned long size)
+{
+	const char *found = 0;
+
+	for (const char *at = cmdline; *at; at++) {
+		const char *rest = at == cmdline || at[-1] == ' ' ? after(at, name) : 0;
+		unsigned long n = 0;
+
+		if (!rest)
+			continue;
+		while (rest[n] && rest[n] != ' ' && rest[n] != '\n' && n + 1 < size) {
+			value[n] = rest[n];
+			n++;
+		}
+		value[n] = 0;
+		found = value;
+	}
+	return found;
 }
 
 /* Processes. Signals are blocked but while ppoll() waits, so that none is lost between a look and the wait. */
@@ -632,30 +660,46 @@ static void run_shell(void)
 	end(LINUX_REBOOT_CMD_POWER_OFF, -1);
 }
 
-/* The disk to go on from. */
+/* The agent. */
 
-static char cmdline[PAGE];
+static int agent = -1; /* its file, which the root of a disk may hide */
+static int agent_only;
 
-/* What follows `name` in the last word of the kernel's command line that begins with it, up to the word's end; NULL. */
-static const char *option(const char *name, char *value, unsigned long size)
+static void find_agent(void)
 {
-	const char *found = 0;
+	char how[8];
+	long fd;
 
-	for (const char *at = cmdline; *at; at++) {
-		const char *rest = at == cmdline || at[-1] == ' ' ? after(at, name) : 0;
-		unsigned long n = 0;
-
-		if (!rest)
-			continue;
-		while (rest[n] && rest[n] != ' ' && rest[n] != '\n' && n + 1 < size) {
-			value[n] = rest[n];
-			n++;
-		}
-		value[n] = 0;
-		found = value;
-	}
-	return found;
+	if (!option("kvmpy.agent=", how, sizeof how) || same(how, "0"))
+		return;
+	fd = SYS(open, "/usr/lib/kvmpy/agent", O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		complain("no agent in this image: ", "/usr/lib/kvmpy/agent", fd);
+	else
+		agent_only = same(how, "only");
+	agent = fd;
 }
+
+/* Start the agent, if there is to be one. Only returns when there is more to do than to wait for its end. */
+static void start_agent(void)
+{
+	char *words[] = {"kvmpy-agent", 0};
+	long pid = agent < 0 ? -1 : SYS(fork);
+
+	if (pid == 0) {
+		SYS(setsid);
+		set_signals(SIG_DFL);
+		SYS(execveat, agent, "", words, environment, 0x1000 /* AT_EMPTY_PATH */);
+		complain("cannot execute the agent", "", -ENOEXEC);
+		SYS(exit_group, NOT_EXECUTABLE);
+	}
+	if (!agent_only)
+		return;
+	wait_for(pid, -1);
+	end(LINUX_REBOOT_CMD_POWER_OFF, -1);
+}
+
+/* The disk to go on from. */
 
 static const char *wanted; /* LABEL=... or UUID=... */
 static char root[128];     /* the node of the root disk, once it is found */
@@ -775,7 +819,7 @@ static void boot_disk(char **argv)
 		if (SYS(lstat, path, &status) == 0) /* not access: the link is to be followed from the new root */
 			init = inits[i];
 	}
-	if (!init) {
+	if (!init && !agent_only) {
 		complain("no init on the disk, which is at /.root: ", root, 0);
 		return;
 	}
@@ -789,6 +833,7 @@ static void boot_disk(char **argv)
 	SYS(mount, ".", "/", 0, MS_MOVE, 0);
 	SYS(chroot, ".");
 	SYS(chdir, "/");
+	start_agent();
 	set_signals(SIG_DFL);
 	argv[0] = (char *)init;
 	SYS(exit_group, run(argv));
@@ -840,10 +885,14 @@ __attribute__((used, noreturn)) static void start(unsigned long *stack)
 	make_nodes();
 	name_host();
 	loopback_up();
-	if (command)
-		run_command(command, size);
 	peek("/proc/cmdline", cmdline, sizeof cmdline);
+	find_agent();
+	if (command) {
+		start_agent();
+		run_command(command, size);
+	}
 	boot_disk((char **)stack + 1);
+	start_agent();
 	run_shell();
 	__builtin_unreachable();
 }
