@@ -531,14 +531,15 @@ __attribute__((noreturn)) static void carry_all(int signals)
 				carry(stream);
 		}
 		turn ^= 1;
-		if (!out_used && taken >= WINDOW_SIZE / 2) {
+		flush();
+		if (!out_used && taken >= WINDOW_SIZE / 2) { /* else there is a POLLOUT to come, and then this */
 			u32 more = taken;
 
 			queue(WINDOW, STDIN, &more, sizeof more);
 			window[STDIN] += taken;
 			taken = 0;
+			flush();
 		}
-		flush();
 	}
 }
 
