@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
 
@@ -425,18 +425,21 @@ def test_no_streams_at_all(agent: NativeAgent) -> None:
 @contextmanager
 def saying(*frames: bytes) -> Iterator[Agent]:
     """An agent that says this to whoever connects, then closes."""
-    mouths: list[socket.socket] = []
+    speakers: list[threading.Thread] = []
+
+    def speak(mouth: socket.socket) -> None:
+        with mouth, suppress(BrokenPipeError):
+            mouth.sendall(b"".join(frames))
 
     def connect() -> socket.socket:
         ours, theirs = socket.socketpair()
-        theirs.sendall(b"".join(frames))
-        theirs.shutdown(socket.SHUT_WR)
-        mouths.append(theirs)
+        speakers.append(threading.Thread(target=speak, args=(theirs,)))
+        speakers[-1].start()
         return ours
 
     yield Agent(connect)
-    for mouth in mouths:
-        mouth.close()
+    for speaker in speakers:
+        speaker.join()
 
 
 GREETING = frame(Kind.HELLO, HELLO)
