@@ -25,6 +25,7 @@ CATALOGUE = {
     "virtio-console": "virtio.port:PortSocket",
     "virtio-net": "virtio.net:Net",
     "virtio-rng": "virtio.rng:Rng",
+    "virtio-vsock": "virtio.vsock:Vsock",
 }
 SWITCH = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": False, "false": False, "0": False}
 
