@@ -18,6 +18,7 @@ ALLOWED = {
     "boot": {"core", "x86"},
     "host": {"core"},
     "devices": {"core", "host"},
+    "guest": {"core"},
     "pci": {"core"},
     "virtio": {"core", "host", "pci", "_virtqueue"},
     "catalogue": {"core"},

@@ -24,6 +24,7 @@ from . import modules as kernel_modules
 from .cpio import Entry
 
 INIT = Path(__file__).with_name("init")  # built from guests/init.c
+AGENT = Path(__file__).parents[1] / "guest/agent"  # built from guests/agent
 BUSYBOX_NAMES = ("busybox", "busybox.static", "busybox-static")
 BUSYBOX_FOLDERS = ("/usr/local/bin", "/bin", "/sbin", "/usr/lib/initcpio")
 BUSYBOX_REMEDY = "give --busybox a static one (package busybox-static), or 'none'"
@@ -73,6 +74,7 @@ def build(
     busybox: Path | Literal["auto"] | None = "auto",
     modules: Sequence[str] = (),
     modules_dir: Path | None = None,
+    agent: bool = False,
 ) -> bytes:
     """The initramfs as an uncompressed newc archive; the same input gives the same bytes.
 
@@ -81,10 +83,11 @@ def build(
              or a folder just as it is
     busybox  "auto" takes a static one of the host if there is one, None none
     modules  names of kernel modules to load first, from `modules_dir`, with all that they need
+    agent    whether to put in the agent, which init starts if the command line has kvmpy.agent=1 (guests/PROTOCOL.md)
     Raises ConfigError, NotFoundError, ImageError and HostError.
     """
     with progress.working("making the initramfs"):
-        return _build(exec, files, busybox, modules, modules_dir)
+        return _build(exec, files, busybox, modules, modules_dir, agent)
 
 
 def _build(
@@ -93,9 +96,12 @@ def _build(
     busybox: Path | Literal["auto"] | None,
     modules: Sequence[str],
     modules_dir: Path | None,
+    agent: bool,
 ) -> bytes:
     tree = _Tree()
     tree.add_base()
+    if agent:
+        tree.add_agent()
     if busybox == "auto":
         busybox = find_busybox()
     if busybox is not None:
@@ -198,6 +204,11 @@ class _Tree:
         for name, (mode, major, minor) in DEVICES.items():
             self._add(name, stat.S_IFCHR | mode, rdev=(major, minor))
         self._add("init", stat.S_IFREG | 0o755, INIT)
+
+    def add_agent(self) -> None:
+        if not AGENT.is_file():
+            raise HostError(f"kvmpy's agent is not built ({AGENT})", "run `make -C guests agent` or `pip install .`")
+        self._add("usr/lib/kvmpy/agent", stat.S_IFREG | 0o755, AGENT)
 
     def add_busybox(self, path: Path) -> None:
         if not path.is_file():

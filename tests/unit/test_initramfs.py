@@ -97,6 +97,20 @@ def test_an_init_that_is_not_built(init: Path) -> None:
         initramfs.build(busybox=None)
 
 
+def test_the_agent_is_there_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = tmp_path / "agent"
+    monkeypatch.setattr(initramfs, "AGENT", agent)
+
+    with pytest.raises(HostError, match="make -C guests agent"):
+        initramfs.build(agent=True)
+    agent.write_bytes(b"the agent")
+    image = initramfs.build(agent=True)
+
+    assert contents(image, "usr/lib/kvmpy/agent") == b"the agent"
+    assert entries(image)["usr/lib/kvmpy/agent"].mode == stat.S_IFREG | 0o755
+    assert "usr/lib/kvmpy/agent" not in entries(initramfs.build())
+
+
 @needs_busybox
 def test_busybox_brings_its_commands() -> None:
     image = initramfs.build()
