@@ -16,6 +16,7 @@ from kvmpy.virtio.balloon import Balloon
 from kvmpy.virtio.blk import Blk
 from kvmpy.virtio.console import VirtioConsole
 from kvmpy.virtio.device import VirtioDevice
+from kvmpy.virtio.fs import Fs
 from kvmpy.virtio.rng import Rng
 
 __all__ = ["balloon", "connect", "disk", "path", "plugged", "rig", "switchboard", "syncs", "tap", "terminal"]
@@ -26,6 +27,7 @@ DEVICES: dict[str, Callable[[Path], VirtioDevice]] = {
     "rng": lambda image: Rng(),
     "balloon": lambda image: Balloon(stats=1),
     "console": lambda image: VirtioConsole(ports=2),
+    "fs": lambda image: Fs(path=image.parent, tag="share"),
 }
 
 
