@@ -1,8 +1,8 @@
 """File system device: a folder of the host that the guest mounts (VIRTIO 1.2, 5.11).
 
-Linux: VIRTIO_FS; `mount -t virtiofs TAG FOLDER`. The requests are FUSE's, and host/fuse.py does them, also for a hostile
-guest: the data of reads and writes goes between files and guest RAM without a copy. Here is nothing but the tag and the
-queues. One request is done after the other, on the device's own thread; none waits for the guest.
+Linux: VIRTIO_FS; `mount -t virtiofs TAG FOLDER`. The requests are FUSE's, and host/fuse.py does them, also for a
+hostile guest: the data of reads and writes goes between files and guest RAM without a copy. Here is nothing but the tag
+and the queues. One request is done after the other, on the device's own thread; none waits for the guest.
 """
 
 from __future__ import annotations
