@@ -1,4 +1,4 @@
-"""Builds kvmpy: metadata is in pyproject.toml, cffi compiles the C shim, gcc the guest's init."""
+"""Builds kvmpy: metadata is in pyproject.toml, cffi compiles the C of the package, gcc the guest's init."""
 
 import subprocess
 from pathlib import Path
@@ -18,4 +18,7 @@ class BuildWithInit(build_ext):
         subprocess.run(["make", "-C", "guests", "init", f"INIT={init}"], check=True)
 
 
-setup(cffi_modules=["kvmpy/_kvm_build.py:ffibuilder"], cmdclass={"build_ext": BuildWithInit})
+setup(
+    cffi_modules=["kvmpy/_kvm_build.py:ffibuilder", "kvmpy/_virtqueue_build.py:ffibuilder"],
+    cmdclass={"build_ext": BuildWithInit},
+)

@@ -127,7 +127,7 @@ def convert(what: str, hint: Any, value: str | None) -> Any:
         if value.lower() not in SWITCH:
             raise ConfigError(f'{what}: "{value}" is no switch', "use on or off")
         return SWITCH[value.lower()]
-    if value is None:
+    if value is None or (hint is Path and not value):
         raise ConfigError(f"{what} needs a value", f"write {what.rpartition(' ')[2]}=...")
     if hint in (int, float):
         try:

@@ -456,7 +456,7 @@ def _warn_of_missing_drivers(image: loader.KernelImage, wanted: list[str]) -> No
     from .boot import modules
 
     try:
-        missing = modules.not_built_in(bytes(image.elf.data), wanted)
+        missing = modules.not_built_in(image.elf.data, wanted)
     except ImageError:
         return
     if missing:

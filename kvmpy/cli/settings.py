@@ -10,7 +10,7 @@ says, or adds to its list.
       - root.img
       - {path: data.qcow2, format: qcow2, ro: on}
     nets: [user]
-    publish: ["8080:80"]
+    publish: [8080:80]
     devices:
       - virtio-rng
       - virtio-balloon: {target: 64M}

@@ -61,6 +61,16 @@ class NET_F(Bits):
     OFFLOADS = CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | HOST_TSO4 | HOST_TSO6 | HOST_ECN
 
 
+NEEDS = {  # 5.1.3.1
+    NET_F.GUEST_TSO4: NET_F.GUEST_CSUM,
+    NET_F.GUEST_TSO6: NET_F.GUEST_CSUM,
+    NET_F.GUEST_ECN: NET_F.GUEST_TSO4 | NET_F.GUEST_TSO6,
+    NET_F.HOST_TSO4: NET_F.CSUM,
+    NET_F.HOST_TSO6: NET_F.CSUM,
+    NET_F.HOST_ECN: NET_F.HOST_TSO4 | NET_F.HOST_TSO6,
+}
+
+
 class NET_S(Bits):
     """Bits of `status` in the configuration space (5.1.4)."""
 
@@ -127,6 +137,7 @@ class Net(VirtioDevice):
 
     type_id = Type.NET
     queue_sizes = (256, 256)
+    needs = NEEDS
     modules: ClassVar[tuple[str, ...]] = ("virtio_net",)
 
     def __init__(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from balloons import balloon
 from consoles import switchboard, terminal
-from disks import connect, disk, path, syncs
+from disks import connect, disk, engine, path, syncs
 from nics import TapNet, plugged, rig, tap
 
 from kvmpy.testing import FakeBoard
@@ -19,7 +19,7 @@ from kvmpy.virtio.device import VirtioDevice
 from kvmpy.virtio.fs import Fs
 from kvmpy.virtio.rng import Rng
 
-__all__ = ["balloon", "connect", "disk", "path", "plugged", "rig", "switchboard", "syncs", "tap", "terminal"]
+__all__ = ["balloon", "connect", "disk", "engine", "path", "plugged", "rig", "switchboard", "syncs", "tap", "terminal"]
 
 DEVICES: dict[str, Callable[[Path], VirtioDevice]] = {
     "blk": lambda image: Blk(path=image, queues=2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,16 @@ def test_a_large_file(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="more than"):
         told("--config", tmp_path / "vm.yaml")
+
+
+@pytest.mark.parametrize("source", ["README.md", "kvmpy/cli/settings.py"], ids=["README", "help"])
+def test_the_examples_in_the_documentation(tmp_path: Path, source: str) -> None:
+    text = (Path(__file__).parents[2] / source).read_text()
+    (example,) = re.findall(r"^ *kernel: bzImage\n(?:[ -]*[a-z{].+\n)+", text, re.MULTILINE)
+    (tmp_path / "vm.yaml").write_text(example)
+
+    machine = settings.machine_config(told("--config", tmp_path / "vm.yaml"))
+
+    assert [catalogue.parse(text)[0] for text in machine.devices] == [
+        *["virtio-blk"] * 2, "virtio-net", "virtio-rng", "virtio-balloon",
+    ]  # fmt: skip

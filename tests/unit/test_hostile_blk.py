@@ -252,6 +252,7 @@ def test_hostile_40_file_size_limit(connect: Connect, path: Path) -> None:
     assert [fields["why"] for _, fields in disk.board.logs] == [os.strerror(errno.EFBIG)]
 
 
+@pytest.mark.parametrize("engine", ["python"], indirect=True)
 def test_hostile_40_disk_full(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC behind a first part that fitted."""
     real = os.pwritev
@@ -272,6 +273,7 @@ def test_hostile_40_disk_full(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> No
     assert [fields["why"] for _, fields in disk.board.logs] == ["No space left on device"]
 
 
+@pytest.mark.parametrize("engine", ["python"], indirect=True)
 def test_hostile_40_host_input_output_error(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """EIO in each direction."""
 
