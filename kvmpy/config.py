@@ -42,6 +42,9 @@ class MachineConfig(Record, frozen=True):
     environment  NAME=VALUE words for the shell of the built-in initramfs
     console  what the kernel's console is: "serial" (ttyS0), or "virtio" (hvc0), which starts when its driver does
     transport  how virtio devices are connected: "mmio", or "pci" with MSI-X
+    agent    the built-in initramfs runs the agent (kvmpy.guest) and nothing else
+    shares   folders of the host that it mounts: (tag of a virtio-fs device, path in the guest, "ro" or "rw"); one for
+             "/" comes first and becomes the root, with a tmpfs above it
     """
 
     kernel: Path | None = None
@@ -58,6 +61,8 @@ class MachineConfig(Record, frozen=True):
     environment: tuple[str, ...] = ()
     console: str = "serial"
     transport: str = "mmio"
+    agent: bool = False
+    shares: tuple[tuple[str, str, str], ...] = ()
 
     @classmethod
     def of(
@@ -76,6 +81,8 @@ class MachineConfig(Record, frozen=True):
         environment: Sequence[str] = (),
         console: str = "serial",
         transport: str = "mmio",
+        agent: bool = False,
+        shares: Sequence[tuple[str, str, str]] = (),
     ) -> MachineConfig:
         """Check and convert what a person wrote; an int for `mem` counts MiB too. Raises ConfigError."""
         size = parse_size(mem)
@@ -104,4 +111,6 @@ class MachineConfig(Record, frozen=True):
             environment=tuple(environment),
             console=console,
             transport=transport,
+            agent=agent,
+            shares=tuple(shares),
         )
