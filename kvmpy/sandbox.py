@@ -10,6 +10,7 @@ It sees the host's own file system, and what it writes is forgotten with it.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .config import MachineConfig
+from .core import progress
 from .core.board import Reason, Stop
 from .core.errors import ConfigError, GuestLost
 from .guest.client import Agent, Word
@@ -40,6 +42,9 @@ HOST, NONE = "host", "none"
 NETWORKS = (NONE, "user")
 ADDRESS = Address("10.0.2.15", 24, "10.0.2.2", "10.0.2.3")
 IP_WORD = f"ip={ADDRESS.ip}::{ADDRESS.gateway}:255.255.255.0::eth0:off:{ADDRESS.nameserver}"  # guests/init.c
+VOLUME = re.compile(r"(?P<host>.+?):(?P<guest>/+[^:/][^:]*)(?P<how>:ro|:rw)?", re.DOTALL)
+
+Share = tuple[Fs, str, bool]  # a device, where it is mounted, whether it is only read
 
 
 class Sandbox:
@@ -48,7 +53,8 @@ class Sandbox:
     cpus, mem, kernel, modules_dir   as for Machine
     root       where the guest's file system comes from: "host" (this host's), a folder, or "none" (what is in the
                initramfs: busybox). It is read-only; what the guest writes is kept in its memory
-    volumes    folders besides: {host: guest} or {host: "guest:ro"}; the guest changes them if it is not ro
+    volumes    folders besides: {host: guest} or {host: "guest:ro"}, or "host:guest[:ro]" each; without ro, the guest
+               changes them
     network    "none", or "user": out through this host, without privileges
     publish    TCP ports of this host that lead into the guest, as [ip:]host:guest[/udp], or a number for both
     env        variables of all commands
@@ -67,7 +73,7 @@ class Sandbox:
         kernel: str | PathLike[str] | None = None,
         modules_dir: str | PathLike[str] | None = None,
         root: str | PathLike[str] = HOST,
-        volumes: Mapping[str | PathLike[str], str] | None = None,
+        volumes: Mapping[str | PathLike[str], str] | Sequence[str] = (),
         network: str = NONE,
         publish: Sequence[str | int] = (),
         env: Mapping[str, str] | None = None,
@@ -84,10 +90,7 @@ class Sandbox:
         self._network = network
         self._published = [f"{port}:{port}" if isinstance(port, int) else port for port in publish]
         self._start_timeout = start_timeout
-        self._shares = [
-            *_root_shares(root),
-            *(_volume(*volume, at) for at, volume in enumerate((volumes or {}).items())),
-        ]
+        self._shares = [*_root_shares(root), *_volumes(volumes)]
         self._vsock = Vsock()
         self._ready = threading.Event()
         self._ended = threading.Event()
@@ -129,14 +132,9 @@ class Sandbox:
         elif self._published:
             raise ConfigError("ports cannot be published without a network", 'give network="user" (--net user)')
         self._vsock.listen(PORT, self._greeted)
-        machine.start()
         try:
-            self._keeper = threading.Thread(target=self._keep, name="kvmpy-keeper", daemon=True)
-            self._keeper.start()
-            if not self._ready.wait(self._start_timeout):
-                raise self._start_failed(f"the guest was not ready within {self._start_timeout:g} s")
-            if self.stopped is not None:
-                raise self._start_failed(f"the guest did not start: {self.stopped}")
+            with progress.working("starting a machine"):
+                self._boot()
         except BaseException:
             self.close()
             raise
@@ -222,6 +220,15 @@ class Sandbox:
 
     # Inside.
 
+    def _boot(self) -> None:
+        self.machine.start()
+        self._keeper = threading.Thread(target=self._keep, name="kvmpy-keeper", daemon=True)
+        self._keeper.start()
+        if not self._ready.wait(self._start_timeout):
+            raise self._start_failed(f"the guest was not ready within {self._start_timeout:g} s")
+        if self.stopped is not None:
+            raise self._start_failed(f"the guest did not start: {self.stopped}")
+
     def _how(self, env: Mapping[str, str] | None, cwd: str | None, user: str | None) -> dict[str, Any]:
         return {
             "env": self.env | dict(env or {}),
@@ -288,19 +295,22 @@ class _Net(Net):
         return Passt(self._forwards, address=ADDRESS)
 
 
-def _root_shares(root: str | PathLike[str]) -> list[tuple[Fs, str, bool]]:
+def _root_shares(root: str | PathLike[str]) -> list[Share]:
     if root == NONE:
         return []
     return [(Fs(path=Path("/" if root == HOST else fspath(root)), tag="root", ro=True), "/", True)]
 
 
-def _volume(host: str | PathLike[str], guest: str, number: int) -> tuple[Fs, str, bool]:
-    """The share for `guest`, which may end in :ro or :rw; raises ConfigError."""
-    path, colon, how = guest.rpartition(":")
-    if how not in ("ro", "rw") or not colon:
-        path, how = guest, "rw"
-    if not path.startswith("/") or not path.strip("/"):
-        raise ConfigError(
-            f'cannot mount "{fspath(host)}" at "{path}"', "name an absolute folder of the guest, such as /src"
-        )
-    return Fs(path=Path(fspath(host)), tag=f"volume{number}", ro=how == "ro"), path, how == "ro"
+def _volumes(volumes: Mapping[str | PathLike[str], str] | Sequence[str]) -> list[Share]:
+    """The shares for them; raises ConfigError."""
+    told = [f"{fspath(host)}:{guest}" for host, guest in volumes.items()] if isinstance(volumes, Mapping) else volumes
+    found = []
+    for number, text in enumerate(told):
+        match = VOLUME.fullmatch(text)
+        if match is None:
+            raise ConfigError(
+                f'cannot mount "{text}"', "use HOST:GUEST[:ro]; GUEST is an absolute folder, such as /src"
+            )
+        read_only = match["how"] == ":ro"
+        found.append((Fs(path=Path(match["host"]), tag=f"volume{number}", ro=read_only), match["guest"], read_only))
+    return found

@@ -395,7 +395,7 @@ def test_the_command_line_makes_an_image(tmp_path: Path) -> None:
     out = tmp_path / "out.img"
     words = ["initrd", "-o", str(out), "--file", f"{tmp_path}/f:/data/f", "--busybox", "none", "--compress", "gzip"]
 
-    status = cli.run([*words, "--exec", f"{tmp_path}/job"])
+    status = cli.main([*words, "--exec", f"{tmp_path}/job"])
 
     assert status == 0
     assert contents(gzip.decompress(out.read_bytes()), "data/f") == b"text"
@@ -423,7 +423,7 @@ def test_mistakes_on_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    assert cli.run(["initrd", "--busybox", "none", *words]) == status
+    assert cli.main(["initrd", "--busybox", "none", *words]) == status
 
     error = capsys.readouterr().err
     assert message in error
