@@ -129,7 +129,7 @@ class Relay:
 
     @contextmanager
     def _raw_terminal(self) -> Iterator[None]:
-        terminal = RawTerminal(0)
+        terminal = RawTerminal(0, output=True)
         if self._tty:
             terminal.enter()
         try:
