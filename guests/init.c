@@ -7,10 +7,6 @@
  * What the initramfs tells it (kvmpy/boot/initramfs.py writes these):
  *   /etc/kvmpy/modules  kernel modules, one path a line, in the order to load them; uncompressed
  *   /etc/kvmpy/exec     NUL-terminated words of the command to run; without this file there is a shell on the console
- *   /etc/kvmpy/shares   NUL-terminated strings, three for each folder of the host that is to be mounted: the tag of its
- *                       virtio-fs device, its path in the guest, and "ro" or "rw". When the first one's path is "/", it
- *                       becomes the root, with a tmpfs above it that takes all writes. A share that cannot be mounted
- *                       ends the machine.
  *   /usr/lib/kvmpy/agent  serves the host while all this goes on, if it is wanted (PROTOCOL.md)
  * What the kernel's command line tells it, through the environment that the kernel makes of unknown NAME=VALUE words:
  *   TERM, LINES, COLUMNS  the user's terminal, for the interactive shell
@@ -19,6 +15,8 @@
  *                         with rootfstype=, rw, and init=. There is a shell when that is not possible.
  *   ip=ADDRESS::GATEWAY:MASK::eth0:off:NAMESERVER
  *                         (Documentation/admin-guide/nfs/nfsroot.rst) the first network card, and /etc/resolv.conf
+ *   kvmpy.root=TAG        the folder of the host with this tag becomes the root, with a tmpfs above it that takes all
+ *                         writes; the machine ends when that cannot be done
  *   kvmpy.agent=1         start the agent, in the root that the rest is to have
  *   kvmpy.agent=only      start it, and run neither command, shell nor the disk's init: power off when it ends
  *
@@ -795,7 +793,7 @@ static void enter_root(void)
 	SYS(chdir, "/");
 }
 
-/* Folders of the host. */
+/* A folder of the host as the root. */
 
 /* Mount the share `tag` as the root, below a tmpfs; 0 or a negative errno. */
 static long mount_root_share(const char *tag)
@@ -821,36 +819,15 @@ static long mount_root_share(const char *tag)
 	return SYS(mount, "tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
 }
 
-/* Mount the share `tag` at `path`, which is made; 0 or a negative errno. */
-static long mount_share(const char *tag, const char *path, unsigned long flags)
+/* Have the root that kvmpy.root= asks for, if it does. */
+static void enter_share(void)
 {
-	char folder[PAGE];
+	char tag[40];
+	long error = option("kvmpy.root=", tag, sizeof tag) ? mount_root_share(tag) : 0;
 
-	for (unsigned long i = 1; i < PAGE && i <= length(path); i++) {
-		if (path[i] && path[i] != '/')
-			continue;
-		memcpy(folder, path, i);
-		folder[i] = 0;
-		SYS(mkdir, folder, 0755);
-	}
-	return SYS(mount, tag, path, "virtiofs", flags, 0);
-}
-
-static void mount_shares(void)
-{
-	unsigned long size = 0;
-	char *at = slurp("/etc/kvmpy/shares", &size), *behind = at + size;
-
-	while (at < behind) {
-		const char *tag = at, *path = tag + length(tag) + 1, *how = path + length(path) + 1;
-		long error = same(path, "/") ? mount_root_share(tag) :
-					       mount_share(tag, path, same(how, "ro") ? MS_RDONLY : 0);
-
-		at = (char *)how + length(how) + 1;
-		if (error) {
-			complain("cannot mount the share for ", path, error);
-			end(LINUX_REBOOT_CMD_POWER_OFF, -1);
-		}
+	if (error) {
+		complain("cannot mount the root ", tag, error);
+		end(LINUX_REBOOT_CMD_POWER_OFF, -1);
 	}
 }
 
@@ -1032,7 +1009,7 @@ __attribute__((used, noreturn)) static void start(unsigned long *stack)
 	loopback_up();
 	peek("/proc/cmdline", cmdline, sizeof cmdline);
 	find_agent();
-	mount_shares();
+	enter_share();
 	network_up();
 	if (command) {
 		start_agent();

@@ -43,8 +43,7 @@ class MachineConfig(Record, frozen=True):
     console  what the kernel's console is: "serial" (ttyS0), or "virtio" (hvc0), which starts when its driver does
     transport  how virtio devices are connected: "mmio", or "pci" with MSI-X
     agent    the built-in initramfs runs the agent (kvmpy.guest) and nothing else
-    shares   folders of the host that it mounts: (tag of a virtio-fs device, path in the guest, "ro" or "rw"); one for
-             "/" comes first and becomes the root, with a tmpfs above it
+    root     a folder of the host that it makes the guest's root, read-only with a tmpfs above it for what is written
     """
 
     kernel: Path | None = None
@@ -62,7 +61,7 @@ class MachineConfig(Record, frozen=True):
     console: str = "serial"
     transport: str = "mmio"
     agent: bool = False
-    shares: tuple[tuple[str, str, str], ...] = ()
+    root: Path | None = None
 
     @classmethod
     def of(
@@ -82,7 +81,7 @@ class MachineConfig(Record, frozen=True):
         console: str = "serial",
         transport: str = "mmio",
         agent: bool = False,
-        shares: Sequence[tuple[str, str, str]] = (),
+        root: str | PathLike[str] | None = None,
     ) -> MachineConfig:
         """Check and convert what a person wrote; an int for `mem` counts MiB too. Raises ConfigError."""
         size = parse_size(mem)
@@ -112,5 +111,5 @@ class MachineConfig(Record, frozen=True):
             console=console,
             transport=transport,
             agent=agent,
-            shares=tuple(shares),
+            root=None if root is None else Path(fspath(root)),
         )

@@ -57,7 +57,8 @@ ORDERLY = {Reason.POWEROFF, Reason.RESET, Reason.EXIT, Reason.HALT}
 LINUX_PROTOCOLS = ("pvh", "linux64", "decompressor")
 HVC = "console=hvc0"  # behind console=ttyS0: the last one is /dev/console
 QUIET = ("quiet", "loglevel=1")  # with --exec, the console is for the command's output, and for panics
-AGENT = "kvmpy.agent=only"  # guests/init.c
+AGENT = "kvmpy.agent=only"  # guests/init.c, as the next one
+ROOT, ROOT_TAG = "kvmpy.root=root", "root"
 
 EXIT_MARKER = r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z"  # guests/init.c
 
@@ -288,6 +289,10 @@ class Machine:
             from . import catalogue  # not needed by most
 
             devices += [catalogue.make(text) for text in self.config.devices]
+        if self.config.root is not None:
+            from .virtio.fs import Fs
+
+            devices.append(Fs(path=self.config.root, tag=ROOT_TAG, ro=True))
         for device in devices:
             device.attach(self.board)
 
@@ -325,8 +330,8 @@ class Machine:
         apic_ids = range(self.config.cpus)
         self.console.patient = linux
         quiet = QUIET if self.config.exec is not None or self.config.agent else ()
-        agent = [AGENT] if self.config.agent else []
-        words = [*self.board.words, *self.config.environment, *quiet, *agent]
+        init = [*([AGENT] if self.config.agent else []), *([ROOT] if self.config.root is not None else [])]
+        words = [*self.board.words, *self.config.environment, *quiet, *init]
         if cmdline.acpi_is_off(" ".join([self.config.cmdline or "", *self.config.append])):
             words += self.board.virtio_words()
         self.cmdline = cmdline.compose(
@@ -373,8 +378,7 @@ class Machine:
         from .boot import initramfs  # not needed by those who bring their own
 
         wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
-        own_root = any(path == "/" for _, path, _ in self.config.shares)
-        if own_root:
+        if self.config.root is not None:
             wanted.append("overlay")
         modules_dir = self.config.modules_dir
         if modules_dir is None and wanted:
@@ -387,11 +391,10 @@ class Machine:
             wanted = list(self.config.modules)
         return initramfs.build(
             exec=self.config.exec,
-            busybox=None if own_root else "auto",
+            busybox="auto" if self.config.root is None else None,
             modules=wanted,
             modules_dir=modules_dir,
             agent=self.config.agent,
-            shares=self.config.shares,
         )
 
     # Endings.

@@ -28,7 +28,6 @@ AGENT = Path(__file__).parents[1] / "guest/agent"  # built from guests/agent
 BUSYBOX_NAMES = ("busybox", "busybox.static", "busybox-static")
 BUSYBOX_FOLDERS = ("/usr/local/bin", "/bin", "/sbin", "/usr/lib/initcpio")
 BUSYBOX_REMEDY = "give --busybox a static one (package busybox-static), or 'none'"
-PATH_MAX = 4096  # Linux, with the NUL
 MAX_STRING = 128 << 10  # Linux, MAX_ARG_STRLEN: one word of a command line, its NUL included
 LZ4_LEGACY = b"\x02\x21\x4c\x18"  # lz4's doc/lz4_Frame_format.md, "Legacy frame": the only one that Linux knows
 
@@ -76,7 +75,6 @@ def build(
     modules: Sequence[str] = (),
     modules_dir: Path | None = None,
     agent: bool = False,
-    shares: Sequence[tuple[str, str, str]] = (),
 ) -> bytes:
     """The initramfs as an uncompressed newc archive; the same input gives the same bytes.
 
@@ -86,11 +84,10 @@ def build(
     busybox  "auto" takes a static one of the host if there is one, None none
     modules  names of kernel modules to load first, from `modules_dir`, with all that they need
     agent    whether to put in the agent, which init starts if the command line has kvmpy.agent=1 (guests/PROTOCOL.md)
-    shares   folders of the host that init mounts: (tag, absolute path in the guest, "ro" or "rw"); "/" must come first
     Raises ConfigError, NotFoundError, ImageError and HostError.
     """
     with progress.working("making the initramfs"):
-        return _build(exec, files, busybox, modules, modules_dir, agent, shares)
+        return _build(exec, files, busybox, modules, modules_dir, agent)
 
 
 def _build(
@@ -100,14 +97,11 @@ def _build(
     modules: Sequence[str],
     modules_dir: Path | None,
     agent: bool,
-    shares: Sequence[tuple[str, str, str]],
 ) -> bytes:
     tree = _Tree()
     tree.add_base()
     if agent:
         tree.add_agent()
-    if shares:
-        tree.add_shares(shares)
     if busybox == "auto":
         busybox = find_busybox()
     if busybox is not None:
@@ -215,14 +209,6 @@ class _Tree:
         if not AGENT.is_file():
             raise HostError(f"kvmpy's agent is not built ({AGENT})", "run `make -C guests agent` or `pip install .`")
         self._add("usr/lib/kvmpy/agent", stat.S_IFREG | 0o755, AGENT)
-
-    def add_shares(self, shares: Sequence[tuple[str, str, str]]) -> None:
-        """Raises ConfigError for a path that no mount can have."""
-        for _, guest, _ in shares:
-            if not guest.startswith("/") or "\0" in guest or ".." in guest.split("/") or len(guest) >= PATH_MAX:
-                raise ConfigError(f"bad path in the guest: {guest!r}", "give an absolute one without '..'")
-        words = b"".join(os.fsencode(word) + b"\0" for share in shares for word in share)
-        self._add("etc/kvmpy/shares", stat.S_IFREG | 0o644, words)
 
     def add_busybox(self, path: Path) -> None:
         if not path.is_file():
