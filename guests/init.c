@@ -7,6 +7,8 @@
  * What the initramfs tells it (kvmpy/boot/initramfs.py writes these):
  *   /etc/kvmpy/modules  kernel modules, one path a line, in the order to load them; uncompressed
  *   /etc/kvmpy/exec     NUL-terminated words of the command to run; without this file there is a shell on the console
+ *   /etc/kvmpy/volumes  folders of the host to mount, in the root that the rest has: for each three NUL-terminated
+ *                       words, the tag of the file system device, the folder here, which is made, and "rw" or "ro"
  * What the kernel's command line tells it, through the environment that the kernel makes of unknown NAME=VALUE words:
  *   TERM, LINES, COLUMNS  the user's terminal, for the interactive shell
  * and, as any initramfs is told (Documentation/admin-guide/kernel-parameters.rst), in /proc/cmdline:
@@ -374,6 +376,31 @@ static void load_modules(void)
 		if (fd >= 0)
 			SYS(close, fd);
 		path = end;
+	}
+}
+
+static char *volumes; /* what /etc/kvmpy/volumes has */
+static unsigned long volumes_size;
+
+static void mount_volumes(void)
+{
+	for (char *word = volumes; volumes && word < volumes + volumes_size;) {
+		char *tag = word, *folder = tag + length(tag) + 1, *how = folder + length(folder) + 1;
+		unsigned long flags = MS_NODEV | (same(how, "ro") ? MS_RDONLY : 0);
+		long error;
+
+		for (char *at = folder + 1; *at; at++) {
+			if (*at != '/')
+				continue;
+			*at = 0;
+			SYS(mkdir, folder, 0755);
+			*at = '/';
+		}
+		SYS(mkdir, folder, 0755);
+		error = SYS(mount, tag, folder, "virtiofs", flags, 0);
+		if (error)
+			complain("cannot mount the volume ", folder, error);
+		word = how + length(how) + 1;
 	}
 }
 
@@ -950,6 +977,7 @@ static void boot_disk(char **argv)
 	SYS(mount, ".", "/", 0, MS_MOVE, 0);
 	SYS(chroot, ".");
 	SYS(chdir, "/");
+	mount_volumes();
 	set_signals(SIG_DFL);
 	argv[0] = (char *)init;
 	SYS(exit_group, run(argv));
@@ -1002,10 +1030,14 @@ __attribute__((used, noreturn)) static void start(unsigned long *stack)
 	make_nodes();
 	name_host();
 	loopback_up();
-	if (command)
+	volumes = slurp("/etc/kvmpy/volumes", &volumes_size);
+	if (command) {
+		mount_volumes();
 		run_command(command, size);
+	}
 	peek("/proc/cmdline", cmdline, sizeof cmdline);
 	boot_disk((char **)stack + 1);
+	mount_volumes();
 	run_shell();
 	__builtin_unreachable();
 }

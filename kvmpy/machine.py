@@ -287,6 +287,10 @@ class Machine:
             from . import catalogue  # not needed by most
 
             devices += [catalogue.make(text) for text in self.config.devices]
+        if self.config.volumes:
+            from .virtio.fs import Fs
+
+            devices += [Fs(path=volume.host, tag=tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
         for device in devices:
             device.attach(self.board)
 
@@ -380,7 +384,12 @@ class Machine:
             if self.board.modules:
                 _warn_of_missing_drivers(image, self.board.modules)
             wanted = list(self.config.modules)
-        return initramfs.build(exec=self.config.exec, modules=wanted, modules_dir=modules_dir)
+        return initramfs.build(
+            exec=self.config.exec,
+            modules=wanted,
+            modules_dir=modules_dir,
+            volumes=[(tag, volume.guest, volume.ro) for tag, volume in self.config.tagged_volumes],
+        )
 
     # Endings.
 
