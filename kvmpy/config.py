@@ -38,7 +38,7 @@ class Volume(Record, frozen=True):
         place, _, how = text.rpartition(":")
         if how not in ("ro", "rw"):
             place, how = text, "rw"
-        host, colon, guest = place.rpartition(":/")
+        host, _, guest = place.rpartition(":/")
         parts = [part for part in guest.split("/") if part not in ("", ".")]
         if not host or not parts or ".." in parts or ":" in guest or "\0" in text:
             raise ConfigError(f'invalid volume "{text}"', "use HOST:GUEST[:ro], GUEST being an absolute path")
