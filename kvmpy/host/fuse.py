@@ -5,10 +5,6 @@ itself. A hostile guest may send anything: a request is copied before it is look
 fuse_nodes.py sees to it that no step leaves the folder. Only regular files and folders are opened or made. A read-only
 share has no descriptor that could be written to.
 
-Owners: as root, files belong to whom the guest says, and it may set any mode: what root in the guest makes, a program
-that is setuid root included, the host has. Else all that the guest makes belongs to the user, whom the guest sees as
-root; the files of others it sees as nobody's, and it cannot change owners.
-
 Of extended attributes only user.* is there. A guest's writes are in the host's page cache when they are answered, and
 on the disk after its fsync.
 """
@@ -19,7 +15,6 @@ import errno
 import os
 import resource
 import stat
-import struct
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,6 +25,7 @@ from ..core.errors import ConfigError, GuestError, HostError, NotFoundError
 from . import fuse_wire as wire
 from . import syscalls
 from .fuse_nodes import Node, Nodes
+from .fuse_owners import SAME, Owners
 from .fuse_wire import FATTR, FOPEN, INIT_F, Op
 
 MAX_TRANSFER = 1 << 20  # bytes of one READ or WRITE
@@ -43,8 +39,6 @@ MAX_BACKGROUND, CONGESTED = 64, 48  # read-ahead and the like under way at once
 DESCRIPTORS = 1 << 16  # the most that are asked of the host
 IOV_MAX = 1024
 CACHES = {"auto": 1, "always": 86400}  # seconds for which the guest believes what it was told
-NOBODY = 65534
-UNCHANGED = 0xFFFFFFFF  # the uid or gid -1
 USER_XATTR = b"user."
 
 ALWAYS_FLAGS = (
@@ -66,7 +60,6 @@ CHANGING = {
     *(Op.SETATTR, Op.SYMLINK, Op.MKNOD, Op.MKDIR, Op.UNLINK, Op.RMDIR, Op.RENAME, Op.RENAME2, Op.LINK, Op.WRITE),
     *(Op.SETXATTR, Op.REMOVEXATTR, Op.CREATE, Op.FALLOCATE, Op.COPY_FILE_RANGE),
 }
-DIRENT64 = struct.Struct("<QqHB")  # getdents64(2): d_ino, d_off, d_reclen, d_type; then the name and a NUL
 
 
 class Request:
@@ -120,8 +113,7 @@ class FuseServer:
         self._devices = {os.fstat(self._root_fd).st_dev: 0}
         self._handles: dict[int, Handle] = {}
         self._next_handle = 1
-        self._is_root = os.geteuid() == 0
-        self._user, self._group = os.geteuid(), os.getegid()
+        self._owners = Owners(self._proc)
         self._handlers: dict[int, Callable[[Request], Answer]] = {
             op: getattr(self, f"_{op.name.lower()}") for op in Op if hasattr(self, f"_{op.name.lower()}")
         }
@@ -163,7 +155,7 @@ class FuseServer:
             done, error, answer = 0, errno.EIO, b""
         done += wire.OUT_HEADER.size
         head = wire.OUT_HEADER.pack(done, -error, unique)
-        _scatter(writable, head if isinstance(answer, int) else head + answer)
+        wire.scatter(writable, head if isinstance(answer, int) else head + answer)
         return done
 
     def reset(self) -> None:
@@ -192,7 +184,7 @@ class FuseServer:
     # The connection.
 
     def _init(self, request: Request) -> Answer:
-        major, minor, readahead, flags = _unpack(wire.INIT_IN, request.args)
+        major, minor, readahead, flags = wire.unpack(wire.INIT_IN, request.args)
         if major > wire.MAJOR:
             return wire.INIT_OUT.pack(wire.MAJOR, wire.MINOR, *[0] * 9)  # it will ask again with ours
         if major < wire.MAJOR or minor < wire.MINOR:
@@ -222,7 +214,7 @@ class FuseServer:
     # Nodes.
 
     def _lookup(self, request: Request) -> Answer:
-        (name,) = _names(request.args, 1)
+        (name,) = wire.names(request.args, 1)
         folder = self._nodes.find(request.nodeid)
         try:
             status = os.stat(name, dir_fd=self._nodes.fd(folder), follow_symlinks=False)
@@ -233,12 +225,12 @@ class FuseServer:
         return self._entry(folder, name, status)
 
     def _forget(self, request: Request) -> Answer:
-        (count,) = _unpack(wire.FORGET_IN, request.args)
+        (count,) = wire.unpack(wire.FORGET_IN, request.args)
         self._nodes.forget(request.nodeid, count)
         return b""
 
     def _batch_forget(self, request: Request) -> Answer:
-        count, _ = _unpack(wire.BATCH_FORGET_IN, request.args)
+        count, _ = wire.unpack(wire.BATCH_FORGET_IN, request.args)
         end = wire.BATCH_FORGET_IN.size + count * wire.FORGET_ONE.size
         if end > len(request.args):
             raise OSError(errno.EINVAL, "fewer than it says")
@@ -247,23 +239,23 @@ class FuseServer:
         return b""
 
     def _getattr(self, request: Request) -> Answer:
-        flags, _, fh = _unpack(wire.GETATTR_IN, request.args)
+        flags, _, fh = wire.unpack(wire.GETATTR_IN, request.args)
         if flags & wire.GETATTR_FH:
             return self._attr_out(os.fstat(self._handle(fh).fd))
         return self._attr_out(os.fstat(self._nodes.fd(self._nodes.find(request.nodeid))))
 
     def _setattr(self, request: Request) -> Answer:
-        valid, _, fh, size, _, atime, mtime, _, atimensec, mtimensec, _, mode, _, uid, gid, _ = _unpack(
+        valid, _, fh, size, _, atime, mtime, _, atimensec, mtimensec, _, mode, _, uid, gid, _ = wire.unpack(
             wire.SETATTR_IN, request.args
         )
         node = self._nodes.find(request.nodeid)
         fd = self._nodes.fd(node)
         if valid & (FATTR.UID | FATTR.GID):
-            self._chown(fd, uid if valid & FATTR.UID else UNCHANGED, gid if valid & FATTR.GID else UNCHANGED)
+            self._owners.chown(fd, uid if valid & FATTR.UID else SAME, gid if valid & FATTR.GID else SAME)
         if valid & FATTR.MODE:
             if node.kind == stat.S_IFLNK:
                 raise OSError(errno.EOPNOTSUPP, "a link has no mode")
-            self._chmod(fd, mode)
+            self._owners.chmod(fd, mode)
         if valid & FATTR.SIZE:
             _check_range(size, 0)
             if valid & FATTR.FH:
@@ -275,14 +267,14 @@ class FuseServer:
                 finally:
                     os.close(opened)
             if valid & FATTR.KILL_SUIDGID:
-                self._drop_privileges(fd)
+                self._owners.drop_privileges(fd)
         if valid & (FATTR.ATIME | FATTR.MTIME):
             now, status = time.time_ns(), os.fstat(fd)
             accessed, modified = status.st_atime_ns, status.st_mtime_ns
             if valid & FATTR.ATIME:
-                accessed = now if valid & FATTR.ATIME_NOW else _nanoseconds(atime, atimensec)
+                accessed = now if valid & FATTR.ATIME_NOW else wire.nanoseconds(atime, atimensec)
             if valid & FATTR.MTIME:
-                modified = now if valid & FATTR.MTIME_NOW else _nanoseconds(mtime, mtimensec)
+                modified = now if valid & FATTR.MTIME_NOW else wire.nanoseconds(mtime, mtimensec)
             try:
                 os.utime(str(fd), ns=(accessed, modified), dir_fd=self._proc)
             except OverflowError:
@@ -298,23 +290,23 @@ class FuseServer:
     # Names.
 
     def _symlink(self, request: Request) -> Answer:
-        name, target = _names(request.args, 2, targets=1)
+        name, target = wire.names(request.args, 2, targets=1)
         folder = self._nodes.find(request.nodeid)
         there = self._nodes.fd(folder)
         os.symlink(target, name, dir_fd=there)
         return self._made(request, folder, name, _open_new(name, there, stat.S_IFLNK), None)
 
     def _mknod(self, request: Request) -> Answer:
-        mode, _, _, _ = _unpack(wire.MKNOD_IN, request.args)
-        (name,) = _names(request.args[wire.MKNOD_IN.size :], 1)
+        mode, _, _, _ = wire.unpack(wire.MKNOD_IN, request.args)
+        (name,) = wire.names(request.args[wire.MKNOD_IN.size :], 1)
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
             raise OSError(errno.EPERM, "only files and folders can be made")
         folder = self._nodes.find(request.nodeid)
         return self._made(request, folder, name, _new_file(name, self._nodes.fd(folder), os.O_WRONLY), mode)
 
     def _mkdir(self, request: Request) -> Answer:
-        mode, _ = _unpack(wire.MKDIR_IN, request.args)
-        (name,) = _names(request.args[wire.MKDIR_IN.size :], 1)
+        mode, _ = wire.unpack(wire.MKDIR_IN, request.args)
+        (name,) = wire.names(request.args[wire.MKDIR_IN.size :], 1)
         folder = self._nodes.find(request.nodeid)
         there = self._nodes.fd(folder)
         os.mkdir(name, 0o700, dir_fd=there)
@@ -327,16 +319,16 @@ class FuseServer:
         return self._delete(request, os.rmdir)
 
     def _rename(self, request: Request) -> Answer:
-        (target,) = _unpack(wire.RENAME_IN, request.args)
+        (target,) = wire.unpack(wire.RENAME_IN, request.args)
         return self._move(request, target, 0, request.args[wire.RENAME_IN.size :])
 
     def _rename2(self, request: Request) -> Answer:
-        target, flags, _ = _unpack(wire.RENAME2_IN, request.args)
+        target, flags, _ = wire.unpack(wire.RENAME2_IN, request.args)
         return self._move(request, target, flags, request.args[wire.RENAME2_IN.size :])
 
     def _link(self, request: Request) -> Answer:
-        (target,) = _unpack(wire.LINK_IN, request.args)
-        (name,) = _names(request.args[wire.LINK_IN.size :], 1)
+        (target,) = wire.unpack(wire.LINK_IN, request.args)
+        (name,) = wire.names(request.args[wire.LINK_IN.size :], 1)
         folder = self._nodes.find(request.nodeid)
         there = self._nodes.fd(folder)
         os.link(str(self._nodes.fd(self._nodes.find(target))), name, src_dir_fd=self._proc, dst_dir_fd=there)
@@ -345,12 +337,12 @@ class FuseServer:
     # Files.
 
     def _open(self, request: Request) -> Answer:
-        flags, more = _unpack(wire.OPEN_IN, request.args)
+        flags, more = wire.unpack(wire.OPEN_IN, request.args)
         return self._open_out(*self._open_file(self._nodes.find(request.nodeid), flags, more))
 
     def _create(self, request: Request) -> Answer:
-        flags, mode, _, more = _unpack(wire.CREATE_IN, request.args)
-        (name,) = _names(request.args[wire.CREATE_IN.size :], 1)
+        flags, mode, _, more = wire.unpack(wire.CREATE_IN, request.args)
+        (name,) = wire.names(request.args[wire.CREATE_IN.size :], 1)
         folder = self._nodes.find(request.nodeid)
         there = self._nodes.fd(folder)
         self._check_handles()
@@ -370,7 +362,7 @@ class FuseServer:
         return answer + self._open_out(fd, self._nodes.find(_node_of(answer)))
 
     def _read(self, request: Request) -> Answer:
-        fh, offset, size, *_ = _unpack(wire.READ_IN, request.args)
+        fh, offset, size, *_ = wire.unpack(wire.READ_IN, request.args)
         _check_range(offset, size)
         fd = self._handle(fh).fd
         rest = pieces(request.room, wire.OUT_HEADER.size, min(size, request.limit, MAX_TRANSFER))
@@ -384,7 +376,7 @@ class FuseServer:
         return done
 
     def _write(self, request: Request) -> Answer:
-        fh, offset, size, flags, *_ = _unpack(wire.WRITE_IN, request.args)
+        fh, offset, size, flags, *_ = wire.unpack(wire.WRITE_IN, request.args)
         _check_range(offset, size)
         if size > min(total(request.data), MAX_TRANSFER):
             raise OSError(errno.EINVAL, "more than there is")
@@ -401,23 +393,23 @@ class FuseServer:
             done += count
             rest = behind(rest, count) if count else []
         if flags & wire.WRITE_KILL_SUIDGID:
-            self._drop_privileges(handle.fd)
+            self._owners.drop_privileges(handle.fd)
         return wire.WRITE_OUT.pack(done, 0)
 
     def _release(self, request: Request) -> Answer:
-        fh, *_ = _unpack(wire.RELEASE_IN, request.args)
+        fh, *_ = wire.unpack(wire.RELEASE_IN, request.args)
         handle = self._handle(fh)
         del self._handles[fh]
         os.close(handle.fd)
         return b""
 
     def _fsync(self, request: Request) -> Answer:
-        fh, flags, _ = _unpack(wire.FSYNC_IN, request.args)
+        fh, flags, _ = wire.unpack(wire.FSYNC_IN, request.args)
         (os.fdatasync if flags & wire.FSYNC_FDATASYNC else os.fsync)(self._handle(fh).fd)
         return b""
 
     def _fallocate(self, request: Request) -> Answer:
-        fh, offset, length, mode, _ = _unpack(wire.FALLOCATE_IN, request.args)
+        fh, offset, length, mode, _ = wire.unpack(wire.FALLOCATE_IN, request.args)
         _check_range(offset, length)
         if mode & ~FALLOCATE_MODES:
             raise OSError(errno.EOPNOTSUPP, "no such mode")
@@ -425,14 +417,14 @@ class FuseServer:
         return b""
 
     def _lseek(self, request: Request) -> Answer:
-        fh, offset, whence, _ = _unpack(wire.LSEEK_IN, request.args)
+        fh, offset, whence, _ = wire.unpack(wire.LSEEK_IN, request.args)
         _check_range(offset, 0)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, "the guest's kernel knows the others")
         return wire.LSEEK_OUT.pack(os.lseek(self._handle(fh).fd, offset, whence))
 
     def _copy_file_range(self, request: Request) -> Answer:
-        fh_in, off_in, _, fh_out, off_out, size, flags = _unpack(wire.COPY_FILE_RANGE_IN, request.args)
+        fh_in, off_in, _, fh_out, off_out, size, flags = wire.unpack(wire.COPY_FILE_RANGE_IN, request.args)
         size = min(size, MAX_COPY)
         _check_range(off_in, size)
         _check_range(off_out, size)
@@ -466,7 +458,7 @@ class FuseServer:
     # Extended attributes.
 
     def _setxattr(self, request: Request) -> Answer:
-        size, flags = _unpack(wire.SETXATTR_IN, request.args)
+        size, flags = wire.unpack(wire.SETXATTR_IN, request.args)
         name, end, value = request.args[wire.SETXATTR_IN.size :].partition(b"\0")
         if not end or len(value) != size:
             raise OSError(errno.EINVAL, "not what it says")
@@ -476,16 +468,16 @@ class FuseServer:
         return b""
 
     def _getxattr(self, request: Request) -> Answer:
-        size, _ = _unpack(wire.GETXATTR_IN, request.args)
+        size, _ = wire.unpack(wire.GETXATTR_IN, request.args)
         name, end, _ = request.args[wire.GETXATTR_IN.size :].partition(b"\0")
         if not end:
             raise OSError(errno.EINVAL, "a name without end")
-        return _sized(os.getxattr(self._xattrs(request, name), name), size)
+        return wire.sized(os.getxattr(self._xattrs(request, name), name), size)
 
     def _listxattr(self, request: Request) -> Answer:
-        size, _ = _unpack(wire.GETXATTR_IN, request.args)
+        size, _ = wire.unpack(wire.GETXATTR_IN, request.args)
         names = map(os.fsencode, os.listxattr(self._xattrs(request, USER_XATTR)))
-        return _sized(b"".join(name + b"\0" for name in names if name.startswith(USER_XATTR)), size)
+        return wire.sized(b"".join(name + b"\0" for name in names if name.startswith(USER_XATTR)), size)
 
     def _removexattr(self, request: Request) -> Answer:
         name, _, _ = request.args.partition(b"\0")
@@ -510,7 +502,7 @@ class FuseServer:
         self._check_handles()
         fd = self._reopen(node, flags & OPEN_FLAGS)
         if flags & os.O_TRUNC and more & wire.OPEN_KILL_SUIDGID:
-            self._drop_privileges(fd)
+            self._owners.drop_privileges(fd)
         return fd, node
 
     def _reopen(self, node: Node, flags: int) -> int:
@@ -536,13 +528,7 @@ class FuseServer:
         there = self._nodes.fd(folder)
         try:
             status = os.fstat(fd)
-            if self._is_root and (request.uid, request.gid) != (status.st_uid, status.st_gid):
-                if UNCHANGED in (request.uid, request.gid):
-                    raise OSError(errno.EINVAL, "no such owner")
-                inherits = os.fstat(there).st_mode & stat.S_ISGID
-                os.chown(str(fd), request.uid, -1 if inherits else request.gid, dir_fd=self._proc)
-            if mode is not None:
-                self._chmod(fd, mode | status.st_mode & stat.S_ISGID)
+            self._owners.give(fd, there, request.uid, request.gid, mode)
             answer = self._entry(folder, name, os.fstat(fd))
         except BaseException:
             os.close(fd)
@@ -552,33 +538,8 @@ class FuseServer:
             os.close(fd)
         return answer
 
-    def _chmod(self, fd: int, mode: int) -> None:
-        os.chmod(str(fd), stat.S_IMODE(mode), dir_fd=self._proc)
-
-    def _chown(self, fd: int, uid: int, gid: int) -> None:
-        """Change owners, -1 for those that stay."""
-        if self._is_root:
-            os.chown(str(fd), *(-1 if id == UNCHANGED else id for id in (uid, gid)), dir_fd=self._proc)
-            return
-        status = os.fstat(fd)
-        for id, shown in (
-            (uid, self._shown(status.st_uid, self._user)),
-            (gid, self._shown(status.st_gid, self._group)),
-        ):
-            if id not in (UNCHANGED, shown):
-                raise OSError(errno.EPERM, "not root on the host")
-        if not stat.S_ISLNK(status.st_mode):
-            self._drop_privileges(fd)
-
-    def _drop_privileges(self, fd: int) -> None:
-        """What Linux does when somebody else writes to a program: no setuid, no setgid of one that can be run."""
-        mode = os.fstat(fd).st_mode
-        kept = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
-        if kept != mode and stat.S_ISREG(mode):
-            self._chmod(fd, kept)
-
     def _delete(self, request: Request, delete: Callable[..., None]) -> bytes:
-        (name,) = _names(request.args, 1)
+        (name,) = wire.names(request.args, 1)
         folder = self._nodes.find(request.nodeid)
         node = self._nodes.losing_name(folder, name)
         try:
@@ -589,7 +550,7 @@ class FuseServer:
         return b""
 
     def _move(self, request: Request, target: int, flags: int, names: bytes) -> bytes:
-        old, new = _names(names, 2)
+        old, new = wire.names(names, 2)
         source, folder = self._nodes.find(request.nodeid), self._nodes.find(target)
         here, there = self._nodes.fd(source), self._nodes.fd(folder)
         moved = [(folder, there, new)]
@@ -619,7 +580,7 @@ class FuseServer:
             self._nodes.moved(node, folder, name)
 
     def _list(self, request: Request, *, plus: bool) -> bytes:
-        fh, offset, size, *_ = _unpack(wire.READ_IN, request.args)
+        fh, offset, size, *_ = wire.unpack(wire.READ_IN, request.args)
         handle = self._handle(fh)
         node = self._nodes.find(request.nodeid)
         if handle.node is not node or node.kind != stat.S_IFDIR:
@@ -632,7 +593,7 @@ class FuseServer:
         out: list[bytes] = []
         while True:
             if not handle.entries:
-                handle.entries = _entries(syscalls.getdents(handle.fd))
+                handle.entries = syscalls.getdents(handle.fd)
                 if not handle.entries:
                     break
             ino, after, kind, name = handle.entries[-1]
@@ -667,9 +628,8 @@ class FuseServer:
         return wire.ATTR_OUT.pack(self._valid, 0, 0) + self._attr(status)
 
     def _attr(self, status: os.stat_result) -> bytes:
-        uid, gid, inode = status.st_uid, status.st_gid, status.st_ino
-        if not self._is_root:
-            uid, gid = self._shown(uid, self._user), self._shown(gid, self._group)
+        uid, gid = self._owners.shown(status)
+        inode = status.st_ino
         if mount := self._devices.setdefault(status.st_dev, len(self._devices)):
             inode = (inode + (mount << 48)) & 0xFFFFFFFFFFFFFFFF  # programs tell files apart by number alone
         (accessed, a), (modified, m), (changed, c) = (
@@ -677,13 +637,8 @@ class FuseServer:
         )
         return wire.ATTR.pack(
             *(inode, status.st_size, status.st_blocks, accessed, modified, changed, a, m, c, status.st_mode),
-            *(status.st_nlink, uid, gid, _device(status.st_rdev), status.st_blksize, 0),
+            *(status.st_nlink, uid, gid, wire.device(status.st_rdev), status.st_blksize, 0),
         )
-
-    @staticmethod
-    def _shown(id: int, own: int) -> int:
-        """A user or group of the host as the guest of a plain user sees it."""
-        return 0 if id == own else NOBODY
 
     def _xattrs(self, request: Request, name: bytes) -> str:
         """The path by which extended attributes of the node can be had; raises OSError for all but user.*."""
@@ -734,64 +689,6 @@ def _new_file(name: bytes, folder: int, flags: int) -> int:
     return os.open(name, flags, 0o600, dir_fd=folder)
 
 
-def _unpack(layout: struct.Struct, args: bytes) -> tuple[int, ...]:
-    if len(args) < layout.size:
-        raise OSError(errno.EINVAL, "fewer arguments than the request has")
-    return layout.unpack_from(args)
-
-
-def _names(args: bytes, count: int, targets: int = 0) -> list[bytes]:
-    """The `count` NUL-terminated names in `args`, checked to be single steps but the last `targets` ones."""
-    names = args.split(b"\0", count)[:-1]
-    if len(names) < count:
-        raise OSError(errno.EINVAL, "a name without end")
-    for name in names[: count - targets]:
-        if name in (b"", b".", b"..") or b"/" in name:
-            raise OSError(errno.EINVAL, "no name of a file")
-    return names
-
-
 def _check_range(offset: int, length: int) -> None:
     if offset > MAX_OFFSET - length:
         raise OSError(errno.EINVAL, "no such offset")
-
-
-def _nanoseconds(seconds: int, rest: int) -> int:
-    if rest >= 1_000_000_000:
-        raise OSError(errno.EINVAL, "no such time")
-    return seconds * 1_000_000_000 + rest
-
-
-def _device(number: int) -> int:
-    """A device number in the kernel's own encoding of 32 bits (new_encode_dev)."""
-    major, minor = os.major(number), os.minor(number)
-    return (minor & 0xFF | major << 8 | (minor & ~0xFF) << 12) & 0xFFFFFFFF
-
-
-def _sized(data: bytes, size: int) -> bytes:
-    """The answer to a request for `size` bytes of extended attributes; 0 asks how many there are."""
-    if not size:
-        return wire.GETXATTR_OUT.pack(len(data), 0)
-    if len(data) > size:
-        raise OSError(errno.ERANGE, "longer than that")
-    return data
-
-
-def _entries(data: bytes) -> list[tuple[int, int, int, bytes]]:
-    """What getdents64(2) gave: ino, offset behind it, type, name; the first one last."""
-    found = []
-    at = 0
-    while at < len(data):
-        ino, offset, length, kind = DIRENT64.unpack_from(data, at)
-        name = data[at + DIRENT64.size : at + length]
-        found.append((ino, offset, kind, name[: name.index(0)]))
-        at += length
-    found.reverse()
-    return found
-
-
-def _scatter(buffers: Sequence[memoryview], data: bytes) -> None:
-    rest = memoryview(data)
-    for piece in pieces(buffers, 0, len(rest)):
-        piece[:] = rest[: len(piece)]
-        rest = rest[len(piece) :]

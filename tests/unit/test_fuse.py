@@ -395,12 +395,11 @@ def test_owners_that_are_none(client: Client, folder: Path) -> None:
 @pytest.fixture
 def plain_user(client: Client, folder: Path) -> Client:
     """A client of a server that is not root, but the owner of the share."""
-    server = client.server
-    server._is_root, server._user, server._group = False, os.geteuid(), os.getegid()
+    client.server._owners.is_root = False
     return client
 
 
-def test_a_plain_user_is_the_guests_root(plain_user: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_user_is_the_guests_root(plain_user: Client) -> None:
     plain_user.uid = plain_user.gid = 1000
 
     made = plain_user.create(b"f")[0]
@@ -408,7 +407,7 @@ def test_a_plain_user_is_the_guests_root(plain_user: Client, monkeypatch: pytest
     assert (made.attr.uid, made.attr.gid) == (0, 0)
     plain_user.setattr(made.node, FATTR.UID | FATTR.GID, uid=0, gid=0)
     refused(errno.EPERM, plain_user.setattr, made.node, FATTR.UID, uid=1000)
-    plain_user.server._user = 12345  # as if the file were another's
+    plain_user.server._owners.user = 12345  # as if the file were another's
     attr = plain_user.getattr(made.node)
     assert (attr.uid, attr.gid) == (65534, 0)
 
