@@ -14,7 +14,7 @@ import pytest
 from shares import Client
 
 from kvmpy.core.errors import ConfigError, GuestError, NotFoundError
-from kvmpy.host import fuse, fuse_nodes
+from kvmpy.host import fuse, fuse_folder, fuse_nodes
 from kvmpy.host import fuse_wire as wire
 from kvmpy.host.fuse import FuseServer
 from kvmpy.host.fuse_wire import FATTR, FOPEN, INIT_F, ROOT_ID, Op
@@ -273,8 +273,8 @@ def test_a_folder_that_could_not_be_deleted_is_found_again(mount: Mount) -> None
     client.mkdir(b"in", node)
     refused(errno.ENOTEMPTY, client.rmdir, b"d")
 
-    client.server._nodes._keep = 0
-    client.server._nodes.trim()
+    client.server.folder.nodes._keep = 0
+    client.server.folder.nodes.trim()
 
     assert client.lookup(b"in", node).node
 
@@ -395,7 +395,7 @@ def test_owners_that_are_none(client: Client, folder: Path) -> None:
 @pytest.fixture
 def plain_user(client: Client, folder: Path) -> Client:
     """A client of a server that is not root, but the owner of the share."""
-    client.server._owners.is_root = False
+    client.server.folder.owners.is_root = False
     return client
 
 
@@ -407,7 +407,7 @@ def test_a_plain_user_is_the_guests_root(plain_user: Client) -> None:
     assert (made.attr.uid, made.attr.gid) == (0, 0)
     plain_user.setattr(made.node, FATTR.UID | FATTR.GID, uid=0, gid=0)
     refused(errno.EPERM, plain_user.setattr, made.node, FATTR.UID, uid=1000)
-    plain_user.server._owners.user = 12345  # as if the file were another's
+    plain_user.server.folder.owners.user = 12345  # as if the file were another's
     attr = plain_user.getattr(made.node)
     assert (attr.uid, attr.gid) == (65534, 0)
 
@@ -602,7 +602,7 @@ def test_row_84_a_read_only_share_has_no_writable_descriptor(read_only: Client) 
     read_only.open(read_only.walk("f"))
     read_only.opendir()
 
-    for handle in read_only.server._handles.values():
+    for handle in read_only.server.folder.handles.values():
         with pytest.raises(OSError):
             os.write(handle.fd, b"x")
 
@@ -690,7 +690,7 @@ def test_links_of_the_share_lead_nowhere_on_the_host(client: Client, folder: Pat
 @pytest.fixture
 def forgetful(client: Client) -> Client:
     """A client of a server that keeps nothing open between requests, so that it looks for everything again."""
-    client.server._nodes._keep = 0
+    client.server.folder.nodes._keep = 0
     return client
 
 
@@ -758,7 +758,7 @@ def test_folders_stay_known_while_something_in_them_is(client: Client, folder: P
     assert client.content(file) == b"text"
     client.forget(file, 100)
     refused(errno.ESTALE, client.getattr, inner)
-    assert len(client.server._nodes) == 1
+    assert len(client.server.folder.nodes) == 1
 
 
 def test_batch_forget(client: Client, folder: Path) -> None:
@@ -772,12 +772,12 @@ def test_batch_forget(client: Client, folder: Path) -> None:
     client.silent(Op.BATCH_FORGET, 0, wire.BATCH_FORGET_IN.pack(0xFFFFFFFF, 0))
     client.forget(ROOT_ID, 1 << 63)
 
-    assert len(client.server._nodes) == 1
+    assert len(client.server.folder.nodes) == 1
     assert client.getattr(ROOT_ID).nlink
 
 
 def test_handles_are_bounded(client: Client, folder: Path) -> None:
-    client.server._max_handles = 2
+    client.server.folder.max_handles = 2
     made, fh = client.create(b"f")
     client.opendir()
 
@@ -792,7 +792,7 @@ def test_handles_are_bounded(client: Client, folder: Path) -> None:
 
 def test_files_without_a_name_are_bounded(client: Client, folder: Path) -> None:
     nodes = [client.mknod(b"%d" % n, 0o600).node for n in range(3)]
-    client.server._nodes._keep = 2
+    client.server.folder.nodes._keep = 2
 
     for n in range(3):
         client.unlink(b"%d" % n)
@@ -871,4 +871,4 @@ def test_close_gives_all_descriptors_back(tmp_path: Path) -> None:
     server.close()
 
     assert len(os.listdir("/proc/self/fd")) == before
-    assert fuse.MAX_TRANSFER == fuse.MAX_PAGES * 4096
+    assert fuse.MAX_PAGES * 4096 == fuse_folder.MAX_TRANSFER
