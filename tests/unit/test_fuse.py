@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from racing import at_moment
 from shares import Client
 
 from kvmpy.core.errors import ConfigError, GuestError, NotFoundError
-from kvmpy.host import fuse, fuse_folder, fuse_nodes
+from kvmpy.host import fuse, fuse_folder, fuse_nodes, syscalls
 from kvmpy.host import fuse_wire as wire
 from kvmpy.host.fuse import FuseServer
 from kvmpy.host.fuse_wire import FATTR, FOPEN, INIT_F, ROOT_ID, Op
@@ -68,6 +71,10 @@ def refused(number: int, call: Callable[..., object], *args: object, **named: ob
     with pytest.raises(OSError) as caught:
         call(*args, **named)
     assert errno.errorcode[caught.value.errno] == errno.errorcode[number]
+
+
+def swap(a: Path, b: Path) -> None:
+    syscalls.renameat2(-100, os.fsencode(a), -100, os.fsencode(b), syscalls.RENAME_EXCHANGE)
 
 
 # The connection.
@@ -872,3 +879,69 @@ def test_close_gives_all_descriptors_back(tmp_path: Path) -> None:
 
     assert len(os.listdir("/proc/self/fd")) == before
     assert fuse.MAX_PAGES * 4096 == fuse_folder.MAX_TRANSFER
+
+
+@pytest.mark.parametrize("keep", [0, 100])
+def test_a_swap_at_any_moment_leads_nowhere(client: Client, folder: Path, keep: int) -> None:
+    """A folder becomes a link out of the share while the guest is on its way to a file in it, or makes one there."""
+    (folder / "d").mkdir()
+    (folder / "d/file").write_text("mine")
+    (folder / "link").symlink_to("../outside")
+    client.server.folder.nodes._keep = keep
+    found: set[object] = set()
+
+    def visit() -> None:
+        try:
+            found.add(client.content(client.walk("d/file")))
+            client.mknod(b"new", 0o600, client.walk("d"))
+        except OSError as error:
+            found.add(error.errno)
+
+    moment = 0
+    while at_moment(moment, visit, lambda: swap(folder / "d", folder / "link"), part="host/fuse"):
+        if (folder / "d").is_symlink():
+            swap(folder / "d", folder / "link")
+        (folder / "d/new").unlink(missing_ok=True)
+        moment += 7  # all of them are thousands
+
+    assert b"mine" in found
+    assert found <= {b"mine", errno.ENOTDIR, errno.ESTALE, errno.ENXIO}
+    assert len(found) > 1
+    assert os.listdir(folder.parent / "outside") == ["file"]
+
+
+SMALL = st.integers(0, 9)
+ARGUMENTS = st.one_of(
+    st.binary(max_size=200),
+    st.builds(lambda numbers, name: b"".join(n.to_bytes(8, "little") for n in numbers) + name,
+        st.lists(st.one_of(SMALL, st.integers(0, (1 << 64) - 1)), max_size=8),
+        st.sampled_from([b"", b"a\0", b"a\0b\0", b"..\0", b"a/b\0b\0", b"user.a\0value"])),
+)  # fmt: skip
+REQUESTS = st.lists(st.tuples(st.sampled_from([*Op]), SMALL, ARGUMENTS, st.integers(0, 600)), max_size=30)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(REQUESTS)
+def test_nothing_that_a_guest_sends_is_more_than_an_error(
+    tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[Op, int, bytes, int]]
+) -> None:
+    top = tmp_path_factory.mktemp("fuzz")
+    (top / "secret").write_text("secret")
+    (top / "share/a").mkdir(parents=True)
+    (top / "share/b").symlink_to("../secret")
+    before = len(os.listdir("/proc/self/fd"))
+    server = FuseServer(top / "share")
+    init = wire.IN_HEADER.pack(56, Op.INIT, 1, 0, 0, 0, 0, 0, 0) + wire.INIT_IN.pack(7, 38, 0, 0)
+    server.serve([memoryview(init)], [memoryview(bytearray(80))])
+
+    for op, node, args, room in requests:
+        request = wire.IN_HEADER.pack(40 + len(args), op, 2, node, 0, 0, 0, 0, 0) + args
+        answer = bytearray(room)
+        count = server.serve([memoryview(request)], [memoryview(answer)])
+        assert count <= room
+        assert not count or wire.OUT_HEADER.unpack_from(answer)[0] == count
+    server.close()
+
+    assert (top / "secret").read_text() == "secret"
+    assert set(os.listdir(top)) == {"secret", "share"}
+    assert len(os.listdir("/proc/self/fd")) == before
