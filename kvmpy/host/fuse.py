@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..core.buffers import pieces, total
-from ..core.errors import ConfigError, GuestError
+from ..core.errors import ConfigError
 from . import fuse_wire as wire
 from .fuse_folder import MAX_TRANSFER, Answer, Request, SharedFolder
 from .fuse_wire import INIT_F, Op
@@ -59,12 +59,12 @@ class FuseServer:
                 self._handlers[op] = getattr(self.folder, op.name.lower())
 
     def serve(self, readable: Sequence[memoryview], writable: Sequence[memoryview]) -> int:
-        """Do one request and write its answer; how many bytes that has, 0 without one. Raises GuestError for what is
-        no request."""
+        """Do one request and write its answer; how many bytes that has. 0: it wants none, has no room for one, or is too
+        short to be a request."""
         size = total(readable)
         header = b"".join(pieces(readable, 0, wire.IN_HEADER.size))
         if len(header) < wire.IN_HEADER.size:
-            raise GuestError(f"a FUSE request of {size} bytes")
+            return 0
         length, op, unique, nodeid, uid, gid, *_ = wire.IN_HEADER.unpack(header)
         limit = total(writable) - wire.OUT_HEADER.size
         if limit < 0 and op not in SILENT:
