@@ -59,8 +59,8 @@ class FuseServer:
                 self._handlers[op] = getattr(self.folder, op.name.lower())
 
     def serve(self, readable: Sequence[memoryview], writable: Sequence[memoryview]) -> int:
-        """Do one request and write its answer; how many bytes that has. 0: it wants none, has no room for one, or is too
-        short to be a request."""
+        """Do one request and write its answer; how many bytes that has. 0: it wants none, has no room for one, or is
+        too short to be a request."""
         size = total(readable)
         header = b"".join(pieces(readable, 0, wire.IN_HEADER.size))
         if len(header) < wire.IN_HEADER.size:

@@ -43,7 +43,7 @@ mkdir /rw/gone; touch /rw/gone/x; rm -r /rw/gone
 cd /
 say umount 'umount /rw /ro && echo yes'
 say device 'mount -t virtiofs nothing /rw || echo yes'
-say errors 'dmesg | grep -ciE "fuse:|virtiofs:|bug:|warning:"'
+say errors 'dmesg | grep -ciE "fuse.*(error|bad|warn)|bug:|warning:|call trace"'
 """
 
 
