@@ -77,8 +77,8 @@ class SharedFolder:
         self.read_only = read_only
         self._valid = valid
         self._trusting = trusting
-        self._root_fd = _open_folder(path)
-        self._proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._root_fd = _open_folder(path, os.O_RDONLY)
+        self._proc = _open_folder(Path("/proc/self/fd"), os.O_PATH)
         self.max_handles = _descriptors() // 4
         self.nodes = Nodes(self._root_fd, keep=self.max_handles // 2)
         self.owners = Owners(self._proc)
@@ -548,9 +548,9 @@ class SharedFolder:
         return f"/proc/self/fd/{self.nodes.fd(node)}"
 
 
-def _open_folder(path: Path) -> int:
+def _open_folder(path: Path, flags: int) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(path, flags | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise NotFoundError(f"no folder {path}", "make it, or name another") from None
     except NotADirectoryError:
