@@ -595,7 +595,7 @@ def read_only(mount: Mount, folder: Path) -> Client:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_row_84_a_read_only_share_cannot_be_changed(read_only: Client, folder: Path, change: str) -> None:
+def test_hostile_84_a_read_only_share_cannot_be_changed(read_only: Client, folder: Path, change: str) -> None:
     node = read_only.walk("f")
     before = (folder / "f").stat()
 
@@ -605,7 +605,7 @@ def test_row_84_a_read_only_share_cannot_be_changed(read_only: Client, folder: P
     assert set(os.listdir(folder)) == {"d", "f"}
 
 
-def test_row_84_a_read_only_share_has_no_writable_descriptor(read_only: Client) -> None:
+def test_hostile_84_a_read_only_share_has_no_writable_descriptor(read_only: Client) -> None:
     read_only.open(read_only.walk("f"))
     read_only.opendir()
 
@@ -615,13 +615,13 @@ def test_row_84_a_read_only_share_has_no_writable_descriptor(read_only: Client) 
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFBLK, stat.S_IFCHR, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFDIR, stat.S_IFLNK])
-def test_row_85_only_regular_files_are_made(client: Client, folder: Path, kind: int) -> None:
+def test_hostile_85_only_regular_files_are_made(client: Client, folder: Path, kind: int) -> None:
     refused(errno.EPERM, client.mknod, b"n", kind | 0o666, rdev=0x801)
 
     assert not list(folder.iterdir())
 
 
-def test_row_85_only_regular_files_are_opened(client: Client, folder: Path) -> None:
+def test_hostile_85_only_regular_files_are_opened(client: Client, folder: Path) -> None:
     os.mkfifo(folder / "fifo")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
@@ -638,7 +638,7 @@ def test_row_85_only_regular_files_are_opened(client: Client, folder: Path) -> N
 
 
 @needs_root
-def test_row_85_device_nodes_of_the_host_are_not_opened(client: Client, folder: Path) -> None:
+def test_hostile_85_device_nodes_of_the_host_are_not_opened(client: Client, folder: Path) -> None:
     try:
         os.mknod(folder / "zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))
     except PermissionError:
