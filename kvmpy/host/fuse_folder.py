@@ -82,6 +82,7 @@ class SharedFolder:
         self.max_handles = _descriptors() // 4
         self.nodes = Nodes(self._root_fd, keep=self.max_handles // 2)
         self.owners = Owners(self._proc)
+        syscalls.load()
         self.handles: dict[int, Handle] = {}
         self._next_handle = 1
         self._devices = {os.fstat(self._root_fd).st_dev: 0}

@@ -1,6 +1,6 @@
 """System calls of Linux that Python's os module does not have; each raises OSError.
 
-ctypes takes milliseconds to load, so the functions are looked up when the first of them is used.
+ctypes takes milliseconds to load, so the functions are looked up by `load`, or when the first of them is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ DIRECTORY_BUFFER = 1 << 15  # bytes that getdents asks for
 
 
 @functools.cache
-def _libc() -> Any:
+def load() -> Any:
+    """The C library."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -32,7 +33,7 @@ def _libc() -> Any:
 def _call(name: str, *arguments: Any) -> int:
     import ctypes
 
-    call = getattr(_libc(), name)
+    call = getattr(load(), name)
     while True:
         result: int = call(*arguments)
         if result >= 0:
