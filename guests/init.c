@@ -8,6 +8,8 @@
  *   /etc/kvmpy/modules  kernel modules, one path a line, in the order to load them; uncompressed
  *   /etc/kvmpy/exec     NUL-terminated words of the command to run; without this file there is a shell on the console
  *   /usr/lib/kvmpy/agent  serves the host while all this goes on, if it is wanted (PROTOCOL.md)
+ *   /etc/kvmpy/volumes  folders of the host to mount, in the root that the rest has: for each three NUL-terminated
+ *                       words, the tag of the file system device, the folder here, which is made, and "rw" or "ro"
  * What the kernel's command line tells it, through the environment that the kernel makes of unknown NAME=VALUE words:
  *   TERM, LINES, COLUMNS  the user's terminal, for the interactive shell
  * and, as any initramfs is told (Documentation/admin-guide/kernel-parameters.rst), in /proc/cmdline:
@@ -246,6 +248,35 @@ static void load_modules(void)
 			SYS(close, fd);
 		path = end;
 	}
+}
+
+static char *volumes; /* what /etc/kvmpy/volumes has */
+static unsigned long volumes_size;
+
+/* Mount them; 0, or the negative errno of the last one that could not be. */
+static long mount_volumes(void)
+{
+	long failed = 0;
+
+	for (char *word = volumes; volumes && word < volumes + volumes_size;) {
+		char *tag = word, *folder = tag + length(tag) + 1, *how = folder + length(folder) + 1;
+		unsigned long flags = MS_NODEV | (same(how, "ro") ? MS_RDONLY : 0);
+		long error;
+
+		for (char *at = folder + 1; *at; at++) {
+			if (*at != '/')
+				continue;
+			*at = 0;
+			SYS(mkdir, folder, 0755);
+			*at = '/';
+		}
+		SYS(mkdir, folder, 0755);
+		error = SYS(mount, tag, folder, "virtiofs", flags, 0);
+		if (error)
+			complain("cannot mount the volume ", folder, failed = error);
+		word = how + length(how) + 1;
+	}
+	return failed;
 }
 
 static void name_host(void)
@@ -955,6 +986,7 @@ static void boot_disk(char **argv)
 		return;
 	}
 	enter_root();
+	mount_volumes();
 	start_agent();
 	set_signals(SIG_DFL);
 	argv[0] = (char *)init;
@@ -1007,15 +1039,19 @@ __attribute__((used, noreturn)) static void start(unsigned long *stack)
 	make_nodes();
 	name_host();
 	loopback_up();
+	volumes = slurp("/etc/kvmpy/volumes", &volumes_size);
 	peek("/proc/cmdline", cmdline, sizeof cmdline);
 	find_agent();
 	enter_share();
 	network_up();
 	if (command) {
+		mount_volumes();
 		start_agent();
 		run_command(command, size);
 	}
 	boot_disk((char **)stack + 1);
+	if (mount_volumes() && agent_only)
+		end(LINUX_REBOOT_CMD_POWER_OFF, -1);
 	start_agent();
 	run_shell();
 	__builtin_unreachable();

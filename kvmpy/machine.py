@@ -293,6 +293,10 @@ class Machine:
             from .virtio.fs import Fs
 
             devices.append(Fs(path=self.config.root, tag=ROOT_TAG, ro=True))
+        if self.config.volumes:
+            from .virtio.fs import Fs
+
+            devices += [Fs(path=volume.host, tag=tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
         for device in devices:
             device.attach(self.board)
 
@@ -395,6 +399,7 @@ class Machine:
             modules=wanted,
             modules_dir=modules_dir,
             agent=self.config.agent,
+            volumes=[(tag, volume.guest, volume.ro) for tag, volume in self.config.tagged_volumes],
         )
 
     # Endings.

@@ -102,7 +102,8 @@ def pytest_runtest_makereport(
     """Add what the machines of a failed test can tell."""
     report = yield
     if report.failed and call.when != "teardown":
-        for number, machine in enumerate(item.stash.get(MACHINES, list["Machine"]())):
+        machines: list[Machine] = item.stash.get(MACHINES, [])
+        for number, machine in enumerate(machines):
             name = f"machine {number}" if number else "machine"
             report.sections += [(f"kvmpy: {title} of {name}", text) for title, text in _testimony(machine)]
     return report

@@ -10,13 +10,11 @@ It sees the host's own file system, and what it writes is forgotten with it.
 from __future__ import annotations
 
 import os
-import re
 import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from pathlib import Path
 from subprocess import PIPE
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +28,6 @@ from .guest.process import Completed, Process
 from .guest.protocol import PORT
 from .host.passt import Address, Passt, parse_forwards
 from .machine import Machine
-from .virtio.fs import Fs
 from .virtio.net import Net
 from .virtio.vsock import Vsock
 
@@ -42,9 +39,6 @@ HOST, NONE = "host", "none"
 NETWORKS = (NONE, "user")
 ADDRESS = Address("10.0.2.15", 24, "10.0.2.2", "10.0.2.3")
 IP_WORD = f"ip={ADDRESS.ip}::{ADDRESS.gateway}:255.255.255.0::eth0:off:{ADDRESS.nameserver}"  # guests/init.c
-VOLUME = re.compile(r"(?P<host>.+?):(?P<guest>/+[^:/][^:]*)(?P<how>:ro|:rw)?", re.DOTALL)
-
-Share = tuple[Fs, str, bool]  # a device, where it is mounted, whether it is only read
 
 
 class Sandbox:
@@ -90,7 +84,6 @@ class Sandbox:
         self._network = network
         self._published = [f"{port}:{port}" if isinstance(port, int) else port for port in publish]
         self._start_timeout = start_timeout
-        self._shares = [*_root_shares(root), *_volumes(volumes)]
         self._vsock = Vsock()
         self._ready = threading.Event()
         self._ended = threading.Event()
@@ -105,7 +98,8 @@ class Sandbox:
                 cpus=cpus,
                 append=[IP_WORD] if network != NONE else [],
                 agent=True,
-                shares=[(share.tag, guest, "ro" if ro else "rw") for share, guest, ro in self._shares],
+                root="/" if root == HOST else None if root == NONE else root,
+                volumes=_volumes(volumes),
             )
         )
 
@@ -125,8 +119,6 @@ class Sandbox:
             raise ConfigError("this sandbox was started before", "make another one")
         machine = self.machine
         machine.add(self._vsock)
-        for share, _, _ in self._shares:
-            machine.add(share)
         if self._network != NONE:
             machine.add(_Net("+".join(self._published)))
         elif self._published:
@@ -295,22 +287,8 @@ class _Net(Net):
         return Passt(self._forwards, address=ADDRESS)
 
 
-def _root_shares(root: str | PathLike[str]) -> list[Share]:
-    if root == NONE:
-        return []
-    return [(Fs(path=Path("/" if root == HOST else fspath(root)), tag="root", ro=True), "/", True)]
-
-
-def _volumes(volumes: Mapping[str | PathLike[str], str] | Sequence[str]) -> list[Share]:
-    """The shares for them; raises ConfigError."""
-    told = [f"{fspath(host)}:{guest}" for host, guest in volumes.items()] if isinstance(volumes, Mapping) else volumes
-    found = []
-    for number, text in enumerate(told):
-        match = VOLUME.fullmatch(text)
-        if match is None:
-            raise ConfigError(
-                f'cannot mount "{text}"', "use HOST:GUEST[:ro]; GUEST is an absolute folder, such as /src"
-            )
-        read_only = match["how"] == ":ro"
-        found.append((Fs(path=Path(match["host"]), tag=f"volume{number}", ro=read_only), match["guest"], read_only))
-    return found
+def _volumes(volumes: Mapping[str | PathLike[str], str] | Sequence[str]) -> list[str]:
+    """As MachineConfig has them."""
+    if isinstance(volumes, Mapping):
+        return [f"{fspath(host)}:{guest}" for host, guest in volumes.items()]
+    return list(volumes)

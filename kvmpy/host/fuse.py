@@ -1,52 +1,26 @@
 """A FUSE server for a folder of the host: requests of a guest's kernel in, answers out (<linux/fuse.h>).
 
 The other side is Linux's virtiofs, which checks permissions itself, by owner and mode, and keeps locks of files to
-itself. A hostile guest may send anything: a request is copied before it is looked at, names are single steps, and
-fuse_nodes.py sees to it that no step leaves the folder. Only regular files and folders are opened or made. A read-only
-share has no descriptor that could be written to.
-
-Owners: as root, files belong to whom the guest says, and it may set any mode: what root in the guest makes, a program
-that is setuid root included, the host has. Else all that the guest makes belongs to the user, whom the guest sees as
-root; the files of others it sees as nobody's, and it cannot change owners.
-
-Of extended attributes only user.* is there. A guest's writes are in the host's page cache when they are answered, and
-on the disk after its fsync.
+itself. A hostile guest may send anything: a request is copied before it is looked at, and has a bound on its length.
+A read-only share answers no request that could change it, and has no descriptor that could be written to.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-import resource
-import stat
-import struct
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from ..core.buffers import behind, pieces, total
-from ..core.errors import ConfigError, GuestError, HostError, NotFoundError
+from ..core.buffers import pieces, total
+from ..core.errors import ConfigError
 from . import fuse_wire as wire
-from . import syscalls
-from .fuse_nodes import Node, Nodes
-from .fuse_wire import FATTR, FOPEN, INIT_F, Op
+from .fuse_folder import MAX_TRANSFER, Answer, Request, SharedFolder
+from .fuse_wire import INIT_F, Op
 
-MAX_TRANSFER = 1 << 20  # bytes of one READ or WRITE
 MAX_PAGES = MAX_TRANSFER >> 12
-MAX_ARGUMENTS = 1 << 17  # bytes of any other request: the value of an extended attribute is the longest
-MAX_LISTING = 1 << 16  # bytes of one READDIR
-MAX_COPY = 1 << 26  # bytes of one COPY_FILE_RANGE, since others wait meanwhile
-MAX_XATTR = 1 << 16
-MAX_OFFSET = (1 << 63) - 1
+MAX_ARGUMENTS = 1 << 17  # bytes, besides the data of WRITE: the value of an extended attribute is the longest
 MAX_BACKGROUND, CONGESTED = 64, 48  # read-ahead and the like under way at once
-DESCRIPTORS = 1 << 16  # the most that are asked of the host
-IOV_MAX = 1024
 CACHES = {"auto": 1, "always": 86400}  # seconds for which the guest believes what it was told
-NOBODY = 65534
-UNCHANGED = 0xFFFFFFFF  # the uid or gid -1
-USER_XATTR = b"user."
-
 ALWAYS_FLAGS = (
     INIT_F.ASYNC_READ
     | INIT_F.ATOMIC_O_TRUNC
@@ -59,44 +33,11 @@ ALWAYS_FLAGS = (
     | INIT_F.MAX_PAGES
     | INIT_F.HANDLE_KILLPRIV_V2
 )
-OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC  # of the guest's that the host gets
-FALLOCATE_MODES = 0x01 | 0x02 | 0x10  # FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 SILENT = {Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT}  # requests without an answer
 CHANGING = {
     *(Op.SETATTR, Op.SYMLINK, Op.MKNOD, Op.MKDIR, Op.UNLINK, Op.RMDIR, Op.RENAME, Op.RENAME2, Op.LINK, Op.WRITE),
     *(Op.SETXATTR, Op.REMOVEXATTR, Op.CREATE, Op.FALLOCATE, Op.COPY_FILE_RANGE),
 }
-DIRENT64 = struct.Struct("<QqHB")  # getdents64(2): d_ino, d_off, d_reclen, d_type; then the name and a NUL
-
-
-class Request:
-    """What a handler gets: the header's numbers, `args` copied, `data` behind them, and `room` for its answer."""
-
-    __slots__ = ("args", "data", "gid", "limit", "nodeid", "room", "uid")
-
-    def __init__(self, nodeid: int, uid: int, gid: int, args: bytes) -> None:
-        self.nodeid = nodeid
-        self.uid = uid
-        self.gid = gid
-        self.args = args
-        self.data: Sequence[memoryview] = ()
-        self.room: Sequence[memoryview] = ()  # with the header of the answer
-        self.limit = 0  # bytes behind that header
-
-
-class Handle:
-    """What OPEN, CREATE and OPENDIR give: a descriptor, and of a folder what was read and not yet told."""
-
-    __slots__ = ("entries", "fd", "node", "offset")
-
-    def __init__(self, fd: int, node: Node) -> None:
-        self.fd = fd
-        self.node = node
-        self.entries: list[tuple[int, int, int, bytes]] = []  # ino, offset behind it, type, name; the next one last
-        self.offset = 0  # of what comes next
-
-
-Answer = bytes | int  # the bytes behind the header, or how many of them are there already
 
 
 class FuseServer:
@@ -108,31 +49,22 @@ class FuseServer:
     def __init__(self, path: Path, *, read_only: bool = False, cache: str = "auto") -> None:
         if cache not in CACHES:
             raise ConfigError(f'invalid cache "{cache}" of the share {path}', f"use {' or '.join(CACHES)}")
-        self.read_only = read_only
         self.started = False  # by INIT
-        self._valid = CACHES[cache]
         self._trusting = cache == "always"
-        self._root_fd = _open_folder(path)
-        self._proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        share = _descriptors() // 4
-        self._max_handles = share
-        self._nodes = Nodes(self._root_fd, keep=share // 2)
-        self._devices = {os.fstat(self._root_fd).st_dev: 0}
-        self._handles: dict[int, Handle] = {}
-        self._next_handle = 1
-        self._is_root = os.geteuid() == 0
-        self._user, self._group = os.geteuid(), os.getegid()
-        self._handlers: dict[int, Callable[[Request], Answer]] = {
-            op: getattr(self, f"_{op.name.lower()}") for op in Op if hasattr(self, f"_{op.name.lower()}")
-        }
+        self.folder = SharedFolder(path, read_only=read_only, valid=CACHES[cache], trusting=self._trusting)
+        # Without a handler: ENOSYS, after which Linux goes without (FLUSH, ACCESS) or does it itself (locks).
+        self._handlers: dict[int, Callable[[Request], Answer]] = {Op.INIT: self._init, Op.DESTROY: self._destroy}
+        for op in Op:
+            if hasattr(self.folder, op.name.lower()):
+                self._handlers[op] = getattr(self.folder, op.name.lower())
 
     def serve(self, readable: Sequence[memoryview], writable: Sequence[memoryview]) -> int:
-        """Do one request and write its answer; how many bytes that has, 0 without one. Raises GuestError for what is
-        no request."""
+        """Do one request and write its answer; how many bytes that has. 0: it wants none, has no room for one, or is
+        too short to be a request."""
         size = total(readable)
         header = b"".join(pieces(readable, 0, wire.IN_HEADER.size))
         if len(header) < wire.IN_HEADER.size:
-            raise GuestError(f"a FUSE request of {size} bytes")
+            return 0
         length, op, unique, nodeid, uid, gid, *_ = wire.IN_HEADER.unpack(header)
         limit = total(writable) - wire.OUT_HEADER.size
         if limit < 0 and op not in SILENT:
@@ -153,7 +85,7 @@ class FuseServer:
             answer = self._answer(op, request)
         except OSError as failure:
             error = failure.errno or errno.EIO
-        self._nodes.trim()
+        self.folder.nodes.trim()
         if op in SILENT:
             return 0
         if error:
@@ -163,36 +95,30 @@ class FuseServer:
             done, error, answer = 0, errno.EIO, b""
         done += wire.OUT_HEADER.size
         head = wire.OUT_HEADER.pack(done, -error, unique)
-        _scatter(writable, head if isinstance(answer, int) else head + answer)
+        wire.scatter(writable, head if isinstance(answer, int) else head + answer)
         return done
 
     def reset(self) -> None:
         """The guest is gone: close all that it had open, and forget what it knew."""
-        for handle in self._handles.values():
-            os.close(handle.fd)
-        self._handles.clear()
-        self._nodes.clear()
+        self.folder.reset()
         self.started = False
 
     def close(self) -> None:
         self.reset()
-        self._nodes.close()
-        os.close(self._proc)
+        self.folder.close()
 
     def _answer(self, op: int, request: Request) -> Answer:
         handler = self._handlers.get(op)
         if handler is None:
-            raise OSError(errno.ENOSYS, "not served")  # Linux does not ask again where it can do without
+            raise OSError(errno.ENOSYS, "not served")
         if not self.started and op != Op.INIT:
             raise OSError(errno.EIO, "before INIT")
-        if self.read_only and op in CHANGING:
+        if self.folder.read_only and op in CHANGING:
             raise OSError(errno.EROFS, "a read-only share")
         return handler(request)
 
-    # The connection.
-
     def _init(self, request: Request) -> Answer:
-        major, minor, readahead, flags = _unpack(wire.INIT_IN, request.args)
+        major, minor, readahead, flags = wire.unpack(wire.INIT_IN, request.args)
         if major > wire.MAJOR:
             return wire.INIT_OUT.pack(wire.MAJOR, wire.MINOR, *[0] * 9)  # it will ask again with ours
         if major < wire.MAJOR or minor < wire.MINOR:
@@ -207,591 +133,3 @@ class FuseServer:
     def _destroy(self, request: Request) -> Answer:
         self.reset()
         return b""
-
-    def _statfs(self, request: Request) -> Answer:
-        status = os.statvfs(self._root_fd)
-        return wire.STATFS_OUT.pack(
-            *(status.f_blocks, status.f_bfree, status.f_bavail, status.f_files, status.f_ffree),
-            *(status.f_bsize, status.f_namemax, status.f_frsize),
-        )
-
-    def _syncfs(self, request: Request) -> Answer:
-        syscalls.syncfs(self._root_fd)
-        return b""
-
-    # Nodes.
-
-    def _lookup(self, request: Request) -> Answer:
-        (name,) = _names(request.args, 1)
-        folder = self._nodes.find(request.nodeid)
-        try:
-            status = os.stat(name, dir_fd=self._nodes.fd(folder), follow_symlinks=False)
-        except FileNotFoundError:
-            if not self._trusting:
-                raise
-            return wire.ENTRY_OUT.pack(0, 0, self._valid, 0, 0, 0) + bytes(wire.ATTR.size)  # that, too, it may keep
-        return self._entry(folder, name, status)
-
-    def _forget(self, request: Request) -> Answer:
-        (count,) = _unpack(wire.FORGET_IN, request.args)
-        self._nodes.forget(request.nodeid, count)
-        return b""
-
-    def _batch_forget(self, request: Request) -> Answer:
-        count, _ = _unpack(wire.BATCH_FORGET_IN, request.args)
-        end = wire.BATCH_FORGET_IN.size + count * wire.FORGET_ONE.size
-        if end > len(request.args):
-            raise OSError(errno.EINVAL, "fewer than it says")
-        for nodeid, lookups in wire.FORGET_ONE.iter_unpack(request.args[wire.BATCH_FORGET_IN.size : end]):
-            self._nodes.forget(nodeid, lookups)
-        return b""
-
-    def _getattr(self, request: Request) -> Answer:
-        flags, _, fh = _unpack(wire.GETATTR_IN, request.args)
-        if flags & wire.GETATTR_FH:
-            return self._attr_out(os.fstat(self._handle(fh).fd))
-        return self._attr_out(os.fstat(self._nodes.fd(self._nodes.find(request.nodeid))))
-
-    def _setattr(self, request: Request) -> Answer:
-        valid, _, fh, size, _, atime, mtime, _, atimensec, mtimensec, _, mode, _, uid, gid, _ = _unpack(
-            wire.SETATTR_IN, request.args
-        )
-        node = self._nodes.find(request.nodeid)
-        fd = self._nodes.fd(node)
-        if valid & (FATTR.UID | FATTR.GID):
-            self._chown(fd, uid if valid & FATTR.UID else UNCHANGED, gid if valid & FATTR.GID else UNCHANGED)
-        if valid & FATTR.MODE:
-            if node.kind == stat.S_IFLNK:
-                raise OSError(errno.EOPNOTSUPP, "a link has no mode")
-            self._chmod(fd, mode)
-        if valid & FATTR.SIZE:
-            _check_range(size, 0)
-            if valid & FATTR.FH:
-                os.ftruncate(self._handle(fh).fd, size)
-            else:
-                opened = self._reopen(node, os.O_WRONLY)
-                try:
-                    os.ftruncate(opened, size)
-                finally:
-                    os.close(opened)
-            if valid & FATTR.KILL_SUIDGID:
-                self._drop_privileges(fd)
-        if valid & (FATTR.ATIME | FATTR.MTIME):
-            now, status = time.time_ns(), os.fstat(fd)
-            accessed, modified = status.st_atime_ns, status.st_mtime_ns
-            if valid & FATTR.ATIME:
-                accessed = now if valid & FATTR.ATIME_NOW else _nanoseconds(atime, atimensec)
-            if valid & FATTR.MTIME:
-                modified = now if valid & FATTR.MTIME_NOW else _nanoseconds(mtime, mtimensec)
-            try:
-                os.utime(str(fd), ns=(accessed, modified), dir_fd=self._proc)
-            except OverflowError:
-                raise OSError(errno.EINVAL, "no such time") from None
-        return self._attr_out(os.fstat(fd))
-
-    def _readlink(self, request: Request) -> Answer:
-        node = self._nodes.find(request.nodeid)
-        if node.kind != stat.S_IFLNK:
-            raise OSError(errno.EINVAL, "no link")
-        return os.readlink(b"", dir_fd=self._nodes.fd(node))
-
-    # Names.
-
-    def _symlink(self, request: Request) -> Answer:
-        name, target = _names(request.args, 2, targets=1)
-        folder = self._nodes.find(request.nodeid)
-        there = self._nodes.fd(folder)
-        os.symlink(target, name, dir_fd=there)
-        return self._made(request, folder, name, _open_new(name, there, stat.S_IFLNK), None)
-
-    def _mknod(self, request: Request) -> Answer:
-        mode, _, _, _ = _unpack(wire.MKNOD_IN, request.args)
-        (name,) = _names(request.args[wire.MKNOD_IN.size :], 1)
-        if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-            raise OSError(errno.EPERM, "only files and folders can be made")
-        folder = self._nodes.find(request.nodeid)
-        return self._made(request, folder, name, _new_file(name, self._nodes.fd(folder), os.O_WRONLY), mode)
-
-    def _mkdir(self, request: Request) -> Answer:
-        mode, _ = _unpack(wire.MKDIR_IN, request.args)
-        (name,) = _names(request.args[wire.MKDIR_IN.size :], 1)
-        folder = self._nodes.find(request.nodeid)
-        there = self._nodes.fd(folder)
-        os.mkdir(name, 0o700, dir_fd=there)
-        return self._made(request, folder, name, _open_new(name, there, stat.S_IFDIR), mode)
-
-    def _unlink(self, request: Request) -> Answer:
-        return self._delete(request, os.unlink)
-
-    def _rmdir(self, request: Request) -> Answer:
-        return self._delete(request, os.rmdir)
-
-    def _rename(self, request: Request) -> Answer:
-        (target,) = _unpack(wire.RENAME_IN, request.args)
-        return self._move(request, target, 0, request.args[wire.RENAME_IN.size :])
-
-    def _rename2(self, request: Request) -> Answer:
-        target, flags, _ = _unpack(wire.RENAME2_IN, request.args)
-        return self._move(request, target, flags, request.args[wire.RENAME2_IN.size :])
-
-    def _link(self, request: Request) -> Answer:
-        (target,) = _unpack(wire.LINK_IN, request.args)
-        (name,) = _names(request.args[wire.LINK_IN.size :], 1)
-        folder = self._nodes.find(request.nodeid)
-        there = self._nodes.fd(folder)
-        os.link(str(self._nodes.fd(self._nodes.find(target))), name, src_dir_fd=self._proc, dst_dir_fd=there)
-        return self._entry(folder, name, os.stat(name, dir_fd=there, follow_symlinks=False))
-
-    # Files.
-
-    def _open(self, request: Request) -> Answer:
-        flags, more = _unpack(wire.OPEN_IN, request.args)
-        return self._open_out(*self._open_file(self._nodes.find(request.nodeid), flags, more))
-
-    def _create(self, request: Request) -> Answer:
-        flags, mode, _, more = _unpack(wire.CREATE_IN, request.args)
-        (name,) = _names(request.args[wire.CREATE_IN.size :], 1)
-        folder = self._nodes.find(request.nodeid)
-        there = self._nodes.fd(folder)
-        self._check_handles()
-        try:
-            fd = _new_file(name, there, flags & OPEN_FLAGS & ~os.O_TRUNC)
-        except FileExistsError:
-            if flags & os.O_EXCL:
-                raise
-            answer = self._entry(folder, name, os.stat(name, dir_fd=there, follow_symlinks=False))
-            node = self._nodes.find(_node_of(answer))
-            try:
-                return answer + self._open_out(*self._open_file(node, flags, more))
-            except OSError:
-                self._nodes.forget(node.id, 1)
-                raise
-        answer = self._made(request, folder, name, fd, mode, close=False)
-        return answer + self._open_out(fd, self._nodes.find(_node_of(answer)))
-
-    def _read(self, request: Request) -> Answer:
-        fh, offset, size, *_ = _unpack(wire.READ_IN, request.args)
-        _check_range(offset, size)
-        fd = self._handle(fh).fd
-        rest = pieces(request.room, wire.OUT_HEADER.size, min(size, request.limit, MAX_TRANSFER))
-        done = 0
-        while rest:
-            count = os.preadv(fd, rest[:IOV_MAX], offset + done)
-            done += count
-            if not count or len(rest) <= IOV_MAX:
-                break  # short only at the end of the file
-            rest = behind(rest, count)
-        return done
-
-    def _write(self, request: Request) -> Answer:
-        fh, offset, size, flags, *_ = _unpack(wire.WRITE_IN, request.args)
-        _check_range(offset, size)
-        if size > min(total(request.data), MAX_TRANSFER):
-            raise OSError(errno.EINVAL, "more than there is")
-        handle = self._handle(fh)
-        rest = pieces(request.data, 0, size)
-        done = 0
-        while rest:
-            try:
-                count = os.pwritev(handle.fd, rest[:IOV_MAX], offset + done)
-            except OSError:
-                if done:
-                    break
-                raise
-            done += count
-            rest = behind(rest, count) if count else []
-        if flags & wire.WRITE_KILL_SUIDGID:
-            self._drop_privileges(handle.fd)
-        return wire.WRITE_OUT.pack(done, 0)
-
-    def _release(self, request: Request) -> Answer:
-        fh, *_ = _unpack(wire.RELEASE_IN, request.args)
-        handle = self._handle(fh)
-        del self._handles[fh]
-        os.close(handle.fd)
-        return b""
-
-    def _fsync(self, request: Request) -> Answer:
-        fh, flags, _ = _unpack(wire.FSYNC_IN, request.args)
-        (os.fdatasync if flags & wire.FSYNC_FDATASYNC else os.fsync)(self._handle(fh).fd)
-        return b""
-
-    def _fallocate(self, request: Request) -> Answer:
-        fh, offset, length, mode, _ = _unpack(wire.FALLOCATE_IN, request.args)
-        _check_range(offset, length)
-        if mode & ~FALLOCATE_MODES:
-            raise OSError(errno.EOPNOTSUPP, "no such mode")
-        syscalls.fallocate(self._handle(fh).fd, mode, offset, length)
-        return b""
-
-    def _lseek(self, request: Request) -> Answer:
-        fh, offset, whence, _ = _unpack(wire.LSEEK_IN, request.args)
-        _check_range(offset, 0)
-        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
-            raise OSError(errno.EINVAL, "the guest's kernel knows the others")
-        return wire.LSEEK_OUT.pack(os.lseek(self._handle(fh).fd, offset, whence))
-
-    def _copy_file_range(self, request: Request) -> Answer:
-        fh_in, off_in, _, fh_out, off_out, size, flags = _unpack(wire.COPY_FILE_RANGE_IN, request.args)
-        size = min(size, MAX_COPY)
-        _check_range(off_in, size)
-        _check_range(off_out, size)
-        if flags:
-            raise OSError(errno.EINVAL, "no such flag")
-        source, target = self._handle(fh_in).fd, self._handle(fh_out).fd
-        return wire.WRITE_OUT.pack(os.copy_file_range(source, target, size, off_in, off_out), 0)
-
-    # Folders.
-
-    def _opendir(self, request: Request) -> Answer:
-        node = self._nodes.find(request.nodeid)
-        if node.kind != stat.S_IFDIR:
-            raise OSError(errno.ENOTDIR, "no folder")
-        self._check_handles()
-        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._nodes.fd(node))
-        return self._open_out(fd, node, FOPEN.CACHE_DIR if self._trusting else 0)
-
-    def _readdir(self, request: Request) -> Answer:
-        return self._list(request, plus=False)
-
-    def _readdirplus(self, request: Request) -> Answer:
-        return self._list(request, plus=True)
-
-    def _releasedir(self, request: Request) -> Answer:
-        return self._release(request)
-
-    def _fsyncdir(self, request: Request) -> Answer:
-        return self._fsync(request)
-
-    # Extended attributes.
-
-    def _setxattr(self, request: Request) -> Answer:
-        size, flags = _unpack(wire.SETXATTR_IN, request.args)
-        name, end, value = request.args[wire.SETXATTR_IN.size :].partition(b"\0")
-        if not end or len(value) != size:
-            raise OSError(errno.EINVAL, "not what it says")
-        if size > MAX_XATTR or flags & ~(os.XATTR_CREATE | os.XATTR_REPLACE):
-            raise OSError(errno.EINVAL, "too long, or flags that are none")
-        os.setxattr(self._xattrs(request, name), name, value, flags)
-        return b""
-
-    def _getxattr(self, request: Request) -> Answer:
-        size, _ = _unpack(wire.GETXATTR_IN, request.args)
-        name, end, _ = request.args[wire.GETXATTR_IN.size :].partition(b"\0")
-        if not end:
-            raise OSError(errno.EINVAL, "a name without end")
-        return _sized(os.getxattr(self._xattrs(request, name), name), size)
-
-    def _listxattr(self, request: Request) -> Answer:
-        size, _ = _unpack(wire.GETXATTR_IN, request.args)
-        names = map(os.fsencode, os.listxattr(self._xattrs(request, USER_XATTR)))
-        return _sized(b"".join(name + b"\0" for name in names if name.startswith(USER_XATTR)), size)
-
-    def _removexattr(self, request: Request) -> Answer:
-        name, _, _ = request.args.partition(b"\0")
-        os.removexattr(self._xattrs(request, name), name)
-        return b""
-
-    # Steps of the above.
-
-    def _handle(self, fh: int) -> Handle:
-        handle = self._handles.get(fh)
-        if handle is None:
-            raise OSError(errno.EBADF, f"no handle {fh}")
-        return handle
-
-    def _check_handles(self) -> None:
-        if len(self._handles) >= self._max_handles:
-            raise OSError(errno.ENFILE, "the guest has too many files open")
-
-    def _open_file(self, node: Node, flags: int, more: int) -> tuple[int, Node]:
-        if self.read_only and (flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC):
-            raise OSError(errno.EROFS, "a read-only share")
-        self._check_handles()
-        fd = self._reopen(node, flags & OPEN_FLAGS)
-        if flags & os.O_TRUNC and more & wire.OPEN_KILL_SUIDGID:
-            self._drop_privileges(fd)
-        return fd, node
-
-    def _reopen(self, node: Node, flags: int) -> int:
-        """The file of a node, opened. O_PATH keeps what it is: nothing else can have come there since the look."""
-        if node.kind == stat.S_IFDIR:
-            raise OSError(errno.EISDIR, "a folder")
-        if node.kind != stat.S_IFREG:
-            raise OSError(errno.ENXIO, "no regular file")
-        return os.open(str(self._nodes.fd(node)), flags | os.O_CLOEXEC, dir_fd=self._proc)
-
-    def _open_out(self, fd: int, node: Node, flags: int = 0) -> bytes:
-        """A handle for `fd`, which is its own from here on."""
-        handle = self._next_handle
-        self._next_handle += 1
-        self._handles[handle] = Handle(fd, node)
-        return wire.OPEN_OUT.pack(handle, flags | (FOPEN.KEEP_CACHE if self._trusting else 0), 0)
-
-    def _made(
-        self, request: Request, folder: Node, name: bytes, fd: int, mode: int | None, *, close: bool = True
-    ) -> bytes:
-        """The entry of `fd`, which was just made: it gets its mode, and the owner that the guest says. Its group it
-        may have from its folder. On an error it is deleted again."""
-        there = self._nodes.fd(folder)
-        try:
-            status = os.fstat(fd)
-            if self._is_root and (request.uid, request.gid) != (status.st_uid, status.st_gid):
-                if UNCHANGED in (request.uid, request.gid):
-                    raise OSError(errno.EINVAL, "no such owner")
-                inherits = os.fstat(there).st_mode & stat.S_ISGID
-                os.chown(str(fd), request.uid, -1 if inherits else request.gid, dir_fd=self._proc)
-            if mode is not None:
-                self._chmod(fd, mode | status.st_mode & stat.S_ISGID)
-            answer = self._entry(folder, name, os.fstat(fd))
-        except BaseException:
-            os.close(fd)
-            (os.rmdir if stat.S_ISDIR(status.st_mode) else os.unlink)(name, dir_fd=there)
-            raise
-        if close:
-            os.close(fd)
-        return answer
-
-    def _chmod(self, fd: int, mode: int) -> None:
-        os.chmod(str(fd), stat.S_IMODE(mode), dir_fd=self._proc)
-
-    def _chown(self, fd: int, uid: int, gid: int) -> None:
-        """Change owners, -1 for those that stay."""
-        if self._is_root:
-            os.chown(str(fd), *(-1 if id == UNCHANGED else id for id in (uid, gid)), dir_fd=self._proc)
-            return
-        status = os.fstat(fd)
-        for id, shown in (
-            (uid, self._shown(status.st_uid, self._user)),
-            (gid, self._shown(status.st_gid, self._group)),
-        ):
-            if id not in (UNCHANGED, shown):
-                raise OSError(errno.EPERM, "not root on the host")
-        if not stat.S_ISLNK(status.st_mode):
-            self._drop_privileges(fd)
-
-    def _drop_privileges(self, fd: int) -> None:
-        """What Linux does when somebody else writes to a program: no setuid, no setgid of one that can be run."""
-        mode = os.fstat(fd).st_mode
-        kept = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
-        if kept != mode and stat.S_ISREG(mode):
-            self._chmod(fd, kept)
-
-    def _delete(self, request: Request, delete: Callable[..., None]) -> bytes:
-        (name,) = _names(request.args, 1)
-        folder = self._nodes.find(request.nodeid)
-        node = self._nodes.losing_name(folder, name)
-        try:
-            delete(name, dir_fd=self._nodes.fd(folder))
-        except OSError:
-            self._still_there(node, folder, name)
-            raise
-        return b""
-
-    def _move(self, request: Request, target: int, flags: int, names: bytes) -> bytes:
-        old, new = _names(names, 2)
-        source, folder = self._nodes.find(request.nodeid), self._nodes.find(target)
-        here, there = self._nodes.fd(source), self._nodes.fd(folder)
-        moved = [(folder, there, new)]
-        if flags & ~(syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE):
-            raise OSError(errno.EINVAL, "no such flag")
-        if flags:
-            syscalls.renameat2(here, old, there, new, flags)
-            if flags & syscalls.RENAME_EXCHANGE:
-                moved.append((source, here, old))
-        else:
-            replaced = None
-            with suppress(FileNotFoundError):
-                replaced = self._nodes.losing_name(folder, new)
-            try:
-                os.rename(old, new, src_dir_fd=here, dst_dir_fd=there)
-            except OSError:
-                self._still_there(replaced, folder, new)
-                raise
-        for place, fd, name in moved:
-            node = self._nodes.known(os.stat(name, dir_fd=fd, follow_symlinks=False))
-            if node is not None:
-                self._nodes.moved(node, place, name)
-        return b""
-
-    def _still_there(self, node: Node | None, folder: Node, name: bytes) -> None:
-        if node is not None:
-            self._nodes.moved(node, folder, name)
-
-    def _list(self, request: Request, *, plus: bool) -> bytes:
-        fh, offset, size, *_ = _unpack(wire.READ_IN, request.args)
-        handle = self._handle(fh)
-        node = self._nodes.find(request.nodeid)
-        if handle.node is not node or node.kind != stat.S_IFDIR:
-            raise OSError(errno.EBADF, "not this folder's handle")
-        if offset != handle.offset:
-            _check_range(offset, 0)
-            os.lseek(handle.fd, offset, os.SEEK_SET)
-            handle.entries, handle.offset = [], offset
-        limit = min(size, request.limit, MAX_LISTING)
-        out: list[bytes] = []
-        while True:
-            if not handle.entries:
-                handle.entries = _entries(syscalls.getdents(handle.fd))
-                if not handle.entries:
-                    break
-            ino, after, kind, name = handle.entries[-1]
-            record = wire.DIRENT.pack(ino, after, len(name), kind) + name
-            record += bytes(-len(record) % 8)
-            limit -= len(record) + plus * (wire.ENTRY_OUT.size + wire.ATTR.size)
-            if limit < 0:
-                if not out:
-                    raise OSError(errno.EINVAL, "no room for one entry")
-                break
-            if plus:
-                out.append(self._entry_or_none(node, name, handle.fd))
-            out.append(record)
-            handle.entries.pop()
-            handle.offset = after
-        return b"".join(out)
-
-    def _entry_or_none(self, folder: Node, name: bytes, fd: int) -> bytes:
-        """The entry for a name that was listed; one without a node when it is gone, or needs none."""
-        if name not in (b".", b".."):
-            try:
-                return self._entry(folder, name, os.stat(name, dir_fd=fd, follow_symlinks=False))
-            except OSError:
-                pass
-        return bytes(wire.ENTRY_OUT.size + wire.ATTR.size)
-
-    def _entry(self, folder: Node, name: bytes, status: os.stat_result) -> bytes:
-        node = self._nodes.seen(folder, name, status)
-        return wire.ENTRY_OUT.pack(node.id, 0, self._valid, self._valid, 0, 0) + self._attr(status)
-
-    def _attr_out(self, status: os.stat_result) -> bytes:
-        return wire.ATTR_OUT.pack(self._valid, 0, 0) + self._attr(status)
-
-    def _attr(self, status: os.stat_result) -> bytes:
-        uid, gid, inode = status.st_uid, status.st_gid, status.st_ino
-        if not self._is_root:
-            uid, gid = self._shown(uid, self._user), self._shown(gid, self._group)
-        if mount := self._devices.setdefault(status.st_dev, len(self._devices)):
-            inode = (inode + (mount << 48)) & 0xFFFFFFFFFFFFFFFF  # programs tell files apart by number alone
-        (accessed, a), (modified, m), (changed, c) = (
-            divmod(time, 1_000_000_000) for time in (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns)
-        )
-        return wire.ATTR.pack(
-            *(inode, status.st_size, status.st_blocks, accessed, modified, changed, a, m, c, status.st_mode),
-            *(status.st_nlink, uid, gid, _device(status.st_rdev), status.st_blksize, 0),
-        )
-
-    @staticmethod
-    def _shown(id: int, own: int) -> int:
-        """A user or group of the host as the guest of a plain user sees it."""
-        return 0 if id == own else NOBODY
-
-    def _xattrs(self, request: Request, name: bytes) -> str:
-        """The path by which extended attributes of the node can be had; raises OSError for all but user.*."""
-        node = self._nodes.find(request.nodeid)
-        if not name.startswith(USER_XATTR) or node.kind not in (stat.S_IFREG, stat.S_IFDIR):
-            raise OSError(errno.EOPNOTSUPP, "only user.*, of files and folders")
-        return f"/proc/self/fd/{self._nodes.fd(node)}"
-
-
-def _open_folder(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise NotFoundError(f"no folder {path}", "make it, or name another") from None
-    except NotADirectoryError:
-        raise ConfigError(f"{path} is no folder", "share the folder that it is in") from None
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise HostError(f"cannot open the folder {path}: {why}", "make it readable") from None
-
-
-def _descriptors() -> int:
-    """How many descriptors this process may have: as many as it can be allowed without asking, up to a bound."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return wanted
-
-
-def _node_of(entry: bytes) -> int:
-    nodeid: int = wire.ENTRY_OUT.unpack_from(entry)[0]
-    return nodeid
-
-
-def _open_new(name: bytes, folder: int, kind: int) -> int:
-    """What was just made, O_PATH."""
-    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-    if stat.S_IFMT(os.fstat(fd).st_mode) != kind:
-        os.close(fd)
-        raise OSError(errno.EIO, "somebody has put something else in its place")
-    return fd
-
-
-def _new_file(name: bytes, folder: int, flags: int) -> int:
-    """A new file that only its owner can use, until it gets its mode."""
-    flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(name, flags, 0o600, dir_fd=folder)
-
-
-def _unpack(layout: struct.Struct, args: bytes) -> tuple[int, ...]:
-    if len(args) < layout.size:
-        raise OSError(errno.EINVAL, "fewer arguments than the request has")
-    return layout.unpack_from(args)
-
-
-def _names(args: bytes, count: int, targets: int = 0) -> list[bytes]:
-    """The `count` NUL-terminated names in `args`, checked to be single steps but the last `targets` ones."""
-    names = args.split(b"\0", count)[:-1]
-    if len(names) < count:
-        raise OSError(errno.EINVAL, "a name without end")
-    for name in names[: count - targets]:
-        if name in (b"", b".", b"..") or b"/" in name:
-            raise OSError(errno.EINVAL, "no name of a file")
-    return names
-
-
-def _check_range(offset: int, length: int) -> None:
-    if offset > MAX_OFFSET - length:
-        raise OSError(errno.EINVAL, "no such offset")
-
-
-def _nanoseconds(seconds: int, rest: int) -> int:
-    if rest >= 1_000_000_000:
-        raise OSError(errno.EINVAL, "no such time")
-    return seconds * 1_000_000_000 + rest
-
-
-def _device(number: int) -> int:
-    """A device number in the kernel's own encoding of 32 bits (new_encode_dev)."""
-    major, minor = os.major(number), os.minor(number)
-    return (minor & 0xFF | major << 8 | (minor & ~0xFF) << 12) & 0xFFFFFFFF
-
-
-def _sized(data: bytes, size: int) -> bytes:
-    """The answer to a request for `size` bytes of extended attributes; 0 asks how many there are."""
-    if not size:
-        return wire.GETXATTR_OUT.pack(len(data), 0)
-    if len(data) > size:
-        raise OSError(errno.ERANGE, "longer than that")
-    return data
-
-
-def _entries(data: bytes) -> list[tuple[int, int, int, bytes]]:
-    """What getdents64(2) gave: ino, offset behind it, type, name; the first one last."""
-    found = []
-    at = 0
-    while at < len(data):
-        ino, offset, length, kind = DIRENT64.unpack_from(data, at)
-        name = data[at + DIRENT64.size : at + length]
-        found.append((ino, offset, kind, name[: name.index(0)]))
-        at += length
-    found.reverse()
-    return found
-
-
-def _scatter(buffers: Sequence[memoryview], data: bytes) -> None:
-    rest = memoryview(data)
-    for piece in pieces(buffers, 0, len(rest)):
-        piece[:] = rest[: len(piece)]
-        rest = rest[len(piece) :]

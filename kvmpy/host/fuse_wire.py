@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
 
+from ..core.buffers import pieces
 from ..core.regs import Bits, bit
 
 MAJOR, MINOR = 7, 31
@@ -137,3 +141,51 @@ FALLOCATE_IN = struct.Struct("<QQQII")  # fh, offset, length, mode, padding
 LSEEK_IN = struct.Struct("<QQII")  # fh, offset, whence, padding
 LSEEK_OUT = struct.Struct("<Q")  # offset
 COPY_FILE_RANGE_IN = struct.Struct("<QQQQQQQ")  # fh_in, off_in, nodeid_out, fh_out, off_out, len, flags
+
+
+def unpack(layout: struct.Struct, args: bytes) -> tuple[int, ...]:
+    """The numbers that `args` begins with; raises OSError when there are fewer."""
+    if len(args) < layout.size:
+        raise OSError(errno.EINVAL, "fewer arguments than the request has")
+    return layout.unpack_from(args)
+
+
+def names(args: bytes, count: int, targets: int = 0) -> list[bytes]:
+    """The `count` NUL-terminated names in `args`, of which all but the last `targets` must be single steps."""
+    found = args.split(b"\0", count)[:-1]
+    if len(found) < count:
+        raise OSError(errno.EINVAL, "a name without end")
+    for name in found[: count - targets]:
+        if name in (b"", b".", b"..") or b"/" in name:
+            raise OSError(errno.EINVAL, "no name of a file")
+    return found
+
+
+def nanoseconds(seconds: int, rest: int) -> int:
+    """A time as the host has it; raises OSError when it is none."""
+    if rest >= 1_000_000_000:
+        raise OSError(errno.EINVAL, "no such time")
+    return seconds * 1_000_000_000 + rest
+
+
+def device(number: int) -> int:
+    """A device number in the kernel's own encoding of 32 bits (new_encode_dev)."""
+    major, minor = os.major(number), os.minor(number)
+    return (minor & 0xFF | major << 8 | (minor & ~0xFF) << 12) & 0xFFFFFFFF
+
+
+def sized(data: bytes, size: int) -> bytes:
+    """The answer to a request for `size` bytes of extended attributes; 0 asks how many there are."""
+    if not size:
+        return GETXATTR_OUT.pack(len(data), 0)
+    if len(data) > size:
+        raise OSError(errno.ERANGE, "longer than that")
+    return data
+
+
+def scatter(buffers: Sequence[memoryview], data: bytes) -> None:
+    """Write `data` over the beginning of `buffers`."""
+    rest = memoryview(data)
+    for piece in pieces(buffers, 0, len(rest)):
+        piece[:] = rest[: len(piece)]
+        rest = rest[len(piece) :]

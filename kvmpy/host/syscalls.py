@@ -1,6 +1,6 @@
 """System calls of Linux that Python's os module does not have; each raises OSError.
 
-ctypes takes milliseconds to load, so the functions are looked up when the first of them is used.
+ctypes takes milliseconds to load, so the functions are looked up by `load`, or when the first of them is used.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import struct
 from typing import Any
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+DIRENT64 = struct.Struct("<QqHB")  # d_ino, d_off, d_reclen, d_type; then the name and a NUL
 DIRECTORY_BUFFER = 1 << 15  # bytes that getdents asks for
 
 
 @functools.cache
-def _libc() -> Any:
+def load() -> Any:
+    """The C library."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -30,7 +33,7 @@ def _libc() -> Any:
 def _call(name: str, *arguments: Any) -> int:
     import ctypes
 
-    call = getattr(_libc(), name)
+    call = getattr(load(), name)
     while True:
         result: int = call(*arguments)
         if result >= 0:
@@ -51,10 +54,21 @@ def syncfs(fd: int) -> None:
     _call("syncfs", fd)
 
 
-def getdents(fd: int) -> bytes:
-    """The next entries of a folder, as struct linux_dirent64 (getdents(2)); nothing at its end."""
+def getdents(fd: int) -> list[tuple[int, int, int, bytes]]:
+    """The next entries of a folder (getdents64(2)), the last one first; none at its end.
+
+    Each is inode number, offset behind it, type as in d_type, and name."""
     import ctypes
 
     buffer = ctypes.create_string_buffer(DIRECTORY_BUFFER)
     length = _call("getdents64", fd, buffer, DIRECTORY_BUFFER)
-    return buffer.raw[:length]
+    data = buffer.raw[:length]
+    found = []
+    at = 0
+    while at < length:
+        ino, offset, size, kind = DIRENT64.unpack_from(data, at)
+        name = data[at + DIRENT64.size : at + size]
+        found.append((ino, offset, kind, name[: name.index(0)]))
+        at += size
+    found.reverse()
+    return found

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from racing import at_moment
 from shares import Client
 
-from kvmpy.core.errors import ConfigError, GuestError, NotFoundError
-from kvmpy.host import fuse, fuse_nodes
+from kvmpy.core.errors import ConfigError, NotFoundError
+from kvmpy.host import fuse, fuse_folder, fuse_nodes, syscalls
 from kvmpy.host import fuse_wire as wire
 from kvmpy.host.fuse import FuseServer
 from kvmpy.host.fuse_wire import FATTR, FOPEN, INIT_F, ROOT_ID, Op
@@ -68,6 +71,10 @@ def refused(number: int, call: Callable[..., object], *args: object, **named: ob
     with pytest.raises(OSError) as caught:
         call(*args, **named)
     assert errno.errorcode[caught.value.errno] == errno.errorcode[number]
+
+
+def swap(a: Path, b: Path) -> None:
+    syscalls.renameat2(-100, os.fsencode(a), -100, os.fsencode(b), syscalls.RENAME_EXCHANGE)
 
 
 # The connection.
@@ -273,8 +280,8 @@ def test_a_folder_that_could_not_be_deleted_is_found_again(mount: Mount) -> None
     client.mkdir(b"in", node)
     refused(errno.ENOTEMPTY, client.rmdir, b"d")
 
-    client.server._nodes._keep = 0
-    client.server._nodes.trim()
+    client.server.folder.nodes._keep = 0
+    client.server.folder.nodes.trim()
 
     assert client.lookup(b"in", node).node
 
@@ -395,12 +402,11 @@ def test_owners_that_are_none(client: Client, folder: Path) -> None:
 @pytest.fixture
 def plain_user(client: Client, folder: Path) -> Client:
     """A client of a server that is not root, but the owner of the share."""
-    server = client.server
-    server._is_root, server._user, server._group = False, os.geteuid(), os.getegid()
+    client.server.folder.owners.is_root = False
     return client
 
 
-def test_a_plain_user_is_the_guests_root(plain_user: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_user_is_the_guests_root(plain_user: Client) -> None:
     plain_user.uid = plain_user.gid = 1000
 
     made = plain_user.create(b"f")[0]
@@ -408,7 +414,7 @@ def test_a_plain_user_is_the_guests_root(plain_user: Client, monkeypatch: pytest
     assert (made.attr.uid, made.attr.gid) == (0, 0)
     plain_user.setattr(made.node, FATTR.UID | FATTR.GID, uid=0, gid=0)
     refused(errno.EPERM, plain_user.setattr, made.node, FATTR.UID, uid=1000)
-    plain_user.server._user = 12345  # as if the file were another's
+    plain_user.server.folder.owners.user = 12345  # as if the file were another's
     attr = plain_user.getattr(made.node)
     assert (attr.uid, attr.gid) == (65534, 0)
 
@@ -589,7 +595,7 @@ def read_only(mount: Mount, folder: Path) -> Client:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_row_84_a_read_only_share_cannot_be_changed(read_only: Client, folder: Path, change: str) -> None:
+def test_hostile_84_a_read_only_share_cannot_be_changed(read_only: Client, folder: Path, change: str) -> None:
     node = read_only.walk("f")
     before = (folder / "f").stat()
 
@@ -599,23 +605,23 @@ def test_row_84_a_read_only_share_cannot_be_changed(read_only: Client, folder: P
     assert set(os.listdir(folder)) == {"d", "f"}
 
 
-def test_row_84_a_read_only_share_has_no_writable_descriptor(read_only: Client) -> None:
+def test_hostile_84_a_read_only_share_has_no_writable_descriptor(read_only: Client) -> None:
     read_only.open(read_only.walk("f"))
     read_only.opendir()
 
-    for handle in read_only.server._handles.values():
+    for handle in read_only.server.folder.handles.values():
         with pytest.raises(OSError):
             os.write(handle.fd, b"x")
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFBLK, stat.S_IFCHR, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFDIR, stat.S_IFLNK])
-def test_row_85_only_regular_files_are_made(client: Client, folder: Path, kind: int) -> None:
+def test_hostile_85_only_regular_files_are_made(client: Client, folder: Path, kind: int) -> None:
     refused(errno.EPERM, client.mknod, b"n", kind | 0o666, rdev=0x801)
 
     assert not list(folder.iterdir())
 
 
-def test_row_85_only_regular_files_are_opened(client: Client, folder: Path) -> None:
+def test_hostile_85_only_regular_files_are_opened(client: Client, folder: Path) -> None:
     os.mkfifo(folder / "fifo")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
@@ -632,7 +638,7 @@ def test_row_85_only_regular_files_are_opened(client: Client, folder: Path) -> N
 
 
 @needs_root
-def test_row_85_device_nodes_of_the_host_are_not_opened(client: Client, folder: Path) -> None:
+def test_hostile_85_device_nodes_of_the_host_are_not_opened(client: Client, folder: Path) -> None:
     try:
         os.mknod(folder / "zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))
     except PermissionError:
@@ -691,7 +697,7 @@ def test_links_of_the_share_lead_nowhere_on_the_host(client: Client, folder: Pat
 @pytest.fixture
 def forgetful(client: Client) -> Client:
     """A client of a server that keeps nothing open between requests, so that it looks for everything again."""
-    client.server._nodes._keep = 0
+    client.server.folder.nodes._keep = 0
     return client
 
 
@@ -759,7 +765,7 @@ def test_folders_stay_known_while_something_in_them_is(client: Client, folder: P
     assert client.content(file) == b"text"
     client.forget(file, 100)
     refused(errno.ESTALE, client.getattr, inner)
-    assert len(client.server._nodes) == 1
+    assert len(client.server.folder.nodes) == 1
 
 
 def test_batch_forget(client: Client, folder: Path) -> None:
@@ -773,12 +779,12 @@ def test_batch_forget(client: Client, folder: Path) -> None:
     client.silent(Op.BATCH_FORGET, 0, wire.BATCH_FORGET_IN.pack(0xFFFFFFFF, 0))
     client.forget(ROOT_ID, 1 << 63)
 
-    assert len(client.server._nodes) == 1
+    assert len(client.server.folder.nodes) == 1
     assert client.getattr(ROOT_ID).nlink
 
 
 def test_handles_are_bounded(client: Client, folder: Path) -> None:
-    client.server._max_handles = 2
+    client.server.folder.max_handles = 2
     made, fh = client.create(b"f")
     client.opendir()
 
@@ -793,7 +799,7 @@ def test_handles_are_bounded(client: Client, folder: Path) -> None:
 
 def test_files_without_a_name_are_bounded(client: Client, folder: Path) -> None:
     nodes = [client.mknod(b"%d" % n, 0o600).node for n in range(3)]
-    client.server._nodes._keep = 2
+    client.server.folder.nodes._keep = 2
 
     for n in range(3):
         client.unlink(b"%d" % n)
@@ -818,8 +824,7 @@ def test_requests_of_wrong_length(client: Client) -> None:
         answer = client.serve([wire.IN_HEADER.pack(length, Op.STATFS, 2, ROOT_ID, 0, 0, 0, 0, 0)], 4096)
 
         assert wire.OUT_HEADER.unpack(answer) == (16, -errno.EINVAL, 2)
-    with pytest.raises(GuestError):
-        client.serve([bytes(39)], 4096)
+    assert client.serve([bytes(39)], 4096) == b""
 
 
 def test_writes_and_reads_beyond_everything(client: Client) -> None:
@@ -872,4 +877,70 @@ def test_close_gives_all_descriptors_back(tmp_path: Path) -> None:
     server.close()
 
     assert len(os.listdir("/proc/self/fd")) == before
-    assert fuse.MAX_TRANSFER == fuse.MAX_PAGES * 4096
+    assert fuse.MAX_PAGES * 4096 == fuse_folder.MAX_TRANSFER
+
+
+@pytest.mark.parametrize("keep", [0, 100])
+def test_a_swap_at_any_moment_leads_nowhere(client: Client, folder: Path, keep: int) -> None:
+    """A folder becomes a link out of the share while the guest is on its way to a file in it, or makes one there."""
+    (folder / "d").mkdir()
+    (folder / "d/file").write_text("mine")
+    (folder / "link").symlink_to("../outside")
+    client.server.folder.nodes._keep = keep
+    found: set[object] = set()
+
+    def visit() -> None:
+        try:
+            found.add(client.content(client.walk("d/file")))
+            client.mknod(b"new", 0o600, client.walk("d"))
+        except OSError as error:
+            found.add(error.errno)
+
+    moment = 0
+    while at_moment(moment, visit, lambda: swap(folder / "d", folder / "link"), part="host/fuse"):
+        if (folder / "d").is_symlink():
+            swap(folder / "d", folder / "link")
+        (folder / "d/new").unlink(missing_ok=True)
+        moment += 7  # all of them are thousands
+
+    assert b"mine" in found
+    assert found <= {b"mine", errno.ENOTDIR, errno.ESTALE, errno.ENXIO}
+    assert len(found) > 1
+    assert os.listdir(folder.parent / "outside") == ["file"]
+
+
+SMALL = st.integers(0, 9)
+ARGUMENTS = st.one_of(
+    st.binary(max_size=200),
+    st.builds(lambda numbers, name: b"".join(n.to_bytes(8, "little") for n in numbers) + name,
+        st.lists(st.one_of(SMALL, st.integers(0, (1 << 64) - 1)), max_size=8),
+        st.sampled_from([b"", b"a\0", b"a\0b\0", b"..\0", b"a/b\0b\0", b"user.a\0value"])),
+)  # fmt: skip
+REQUESTS = st.lists(st.tuples(st.sampled_from([*Op]), SMALL, ARGUMENTS, st.integers(0, 600)), max_size=30)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(REQUESTS)
+def test_nothing_that_a_guest_sends_is_more_than_an_error(
+    tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[Op, int, bytes, int]]
+) -> None:
+    top = tmp_path_factory.mktemp("fuzz")
+    (top / "secret").write_text("secret")
+    (top / "share/a").mkdir(parents=True)
+    (top / "share/b").symlink_to("../secret")
+    before = len(os.listdir("/proc/self/fd"))
+    server = FuseServer(top / "share")
+    init = wire.IN_HEADER.pack(56, Op.INIT, 1, 0, 0, 0, 0, 0, 0) + wire.INIT_IN.pack(7, 38, 0, 0)
+    server.serve([memoryview(init)], [memoryview(bytearray(80))])
+
+    for op, node, args, room in requests:
+        request = wire.IN_HEADER.pack(40 + len(args), op, 2, node, 0, 0, 0, 0, 0) + args
+        answer = bytearray(room)
+        count = server.serve([memoryview(request)], [memoryview(answer)])
+        assert count <= room
+        assert not count or wire.OUT_HEADER.unpack_from(answer)[0] == count
+    server.close()
+
+    assert (top / "secret").read_text() == "secret"
+    assert set(os.listdir(top)) == {"secret", "share"}
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -471,3 +471,10 @@ def test_a_file_is_a_script_when_it_is_text(tmp_path: Path, content: bytes, mean
 @pytest.mark.parametrize("text", ["uname -a", "x" * 5000, "a\0b", ""])
 def test_what_is_no_file_is_a_command(text: str) -> None:
     assert initramfs.read_command(text) == text
+
+
+def test_volumes() -> None:
+    found = entries(initramfs.build(busybox=None, volumes=[("volume0", "/mnt/src", True), ("t", "/out", False)]))
+
+    assert bytes(found["etc/kvmpy/volumes"].data) == b"volume0\0/mnt/src\0ro\0t\0/out\0rw\0"
+    assert "etc/kvmpy/volumes" not in entries(initramfs.build(busybox=None))
