@@ -50,7 +50,6 @@ class StreamSocket:
                 taken = self._send([waiting], len(waiting))
             del self._backlog[:taken]
         if self._finishing and not self._backlog:
-            self._finishing = False
             self._shut(socket.SHUT_WR)
 
     def finish(self) -> None:

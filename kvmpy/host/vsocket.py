@@ -87,6 +87,8 @@ class VsockListener:
 
     def _hear(self, client: socket.socket) -> None:
         """Its first line, and nothing behind it, which is for the guest."""
+        if client not in self._lines:  # closed, while the loop waited for the lock
+            return
         try:
             waiting = client.recv(LINE_LIMIT, socket.MSG_PEEK)
             size = waiting.find(b"\n") + 1 or len(waiting)

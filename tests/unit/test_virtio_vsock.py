@@ -14,27 +14,21 @@ from kvmpy import catalogue
 from kvmpy.core.errors import ConfigError, HostError
 from kvmpy.testing import FakeBoard
 from kvmpy.virtio.spec import Type
-from kvmpy.virtio.vsock import (
+from kvmpy.virtio.vsock import EVENT, FIRST_HOST_PORT, LINGER, MAX_CONNECTIONS, RX, TX, Vsock
+from kvmpy.virtio.vsock_stream import (
     BUFFER,
     CREDIT_REQUEST,
     CREDIT_UPDATE,
     END,
-    EVENT,
-    FIRST_HOST_PORT,
     HEADER,
     HOST_CID,
-    LINGER,
-    MAX_CONNECTIONS,
     REQUEST,
     RESPONSE,
     RST,
     RW,
-    RX,
     SHUTDOWN,
     STREAM,
-    TX,
     UPDATE,
-    Vsock,
 )
 
 PAYLOAD = BUFFER_SIZE - HEADER.size
@@ -137,7 +131,15 @@ def test_nobody_listens_in_the_guest(guest: Guest) -> None:
 def test_there_is_no_driver_yet(guest: Guest) -> None:
     guest.driver.set("Status", 0)
 
-    with pytest.raises(ConnectionRefusedError):
+    with pytest.raises(ConnectionRefusedError, match="driver is not up"):
+        guest.device.connect(GUEST_PORT)
+
+
+def test_the_host_makes_too_many_connections(guest: Guest) -> None:
+    guest.device.limit = 1
+    guest.call()
+
+    with pytest.raises(ConnectionRefusedError, match="too many connections"):
         guest.device.connect(GUEST_PORT)
 
 
@@ -301,6 +303,25 @@ def test_the_guest_sends_no_more(guest: Guest) -> None:
     assert [(packet.op, packet.flags) for packet in guest.got()] == [(SHUTDOWN, END.BOTH)]
 
 
+def test_the_guest_sends_no_more_while_the_host_is_slow(guest: Guest) -> None:
+    """The end comes behind all that was sent before it."""
+    host = guest.call()
+    size = len(fill_up(guest)) + 10_000
+
+    guest.send(Packet(op=RW, data=bytes(10_000)), Packet(op=SHUTDOWN, flags=END.SEND))
+
+    assert len(read(guest, host, size)) == size
+    assert host.recv(64) == b""
+
+
+def test_the_guest_sends_behind_its_end(guest: Guest) -> None:
+    host = guest.call()
+
+    guest.send(Packet(op=SHUTDOWN, flags=END.SEND), Packet(op=RW, data=b"x"))
+
+    assert (host.recv(64), guest.ops()) == (b"", [RST])
+
+
 def test_the_guest_reads_no_more(guest: Guest) -> None:
     """The host's program hears of it as from any socket."""
     host = guest.call()
@@ -385,6 +406,8 @@ def test_output_is_left_when_nobody_reads(guest: Guest) -> None:
     fill_up(guest)
     guest.send(Packet(op=RW, data=bytes(100)), Packet(op=SHUTDOWN, flags=END.BOTH))
     kept = len(guest.device._retired)
+    with pytest.raises(BrokenPipeError):
+        host.sendall(b"x")
 
     host.close()
     guest.settle()
@@ -392,13 +415,13 @@ def test_output_is_left_when_nobody_reads(guest: Guest) -> None:
     assert (kept, guest.device._retired) == (1, set())
 
 
-def fill_up(guest: Guest) -> bytes:
+def fill_up(guest: Guest, room: int = ROOM) -> bytes:
     """What the guest has sent when the socket of a program that does not read is full, and the device begins to keep
     what comes."""
     (stream,) = guest.device._streams.values()
     data = b""
     while not stream.socket.held:
-        guest.send(op=RW, data=bytes(4096))
+        guest.send(op=RW, data=bytes(4096), buf_alloc=room)
         data += bytes(4096)
     return data
 
@@ -434,6 +457,20 @@ def test_the_guest_has_no_credit_at_all(guest: Guest) -> None:
     guest.send(op=CREDIT_UPDATE, buf_alloc=5)
 
     assert (first, second, sent(guest.got())) == ([CREDIT_REQUEST], [], b"hello")
+
+
+def test_the_guest_is_not_asked_again(guest: Guest) -> None:
+    """While it has not answered, whatever else happens on the connection."""
+    host = guest.call(buf_alloc=0)
+    size = len(fill_up(guest, room=0))
+    host.sendall(b"hello")
+    guest.settle()
+    first = guest.ops()
+
+    read(guest, host, size)
+
+    assert first.count(CREDIT_REQUEST) == 1
+    assert CREDIT_REQUEST not in guest.ops()
 
 
 def test_the_guest_asks_for_credit(guest: Guest) -> None:
@@ -479,12 +516,13 @@ def test_counters_wrap(guest: Guest) -> None:
 
     host.sendall(bytes(40))
     guest.settle()
-    out = guest.got()
+    out, left = guest.got(), stream._credit
     guest.send(op=RW, data=bytes(40), fwd_cnt=0x18)
     guest.send(op=CREDIT_REQUEST, fwd_cnt=0x18)
     (update,) = guest.got()
 
-    assert (len(sent(out)), update.fwd_cnt, stream._credit, len(host.recv(64))) == (40, 0x18, ROOM, 40)
+    assert (len(sent(out)), left, stream._credit) == (40, ROOM - 40, ROOM)
+    assert (update.fwd_cnt, len(host.recv(64))) == (0x18, 40)
 
 
 # Buffers.
@@ -764,6 +802,66 @@ def test_a_reset_ends_all_connections(guest: Guest) -> None:
 
     assert (host.recv(64), host.recv(64), guest.ops()) == (b"before", b"", [RST])
     guest.call()
+
+
+def test_a_reset_loses_nothing_that_the_guest_has_sent(guest: Guest) -> None:
+    host = guest.call()
+    size = len(fill_up(guest))
+
+    guest.driver.set("Status", 0)
+
+    assert len(read(guest, host, size)) == size
+    assert host.recv(64) == b""
+
+
+@pytest.mark.parametrize("waiting", ["for input", "for an answer", "for room", "for the end"])
+def test_a_wake_up_that_comes_after_a_reset(guest: Guest, waiting: str) -> None:
+    """A vCPU resets the device while the event loop waits for its lock."""
+    host = guest.call()
+    if waiting == "for an answer":
+        guest.connect()
+    elif waiting == "for room":
+        fill_up(guest)
+    elif waiting == "for the end":
+        host.shutdown(socket.SHUT_WR)
+        guest.settle()
+    late = [callback for callback, _ in guest.board.steps._watched.values()]
+
+    guest.driver.set("Status", 0)
+    for callback in late:
+        callback()
+
+    assert late
+    assert guest.device.speakers == {}
+    guest.start()
+    guest.settle()
+    guest.call()
+
+
+def test_a_client_that_comes_while_the_machine_ends(reachable: Guest) -> None:
+    """The event loop waits for the lock meanwhile."""
+    dial(reachable, b"CONN")
+    late = [callback for callback, _ in reachable.board.steps._watched.values()]
+
+    reachable.device.close()
+    for callback in late:
+        callback()
+    reachable.board.steps.advance(1)
+
+    assert (len(late), reachable.board.steps.watched) == (2, {})
+
+
+def test_a_driver_that_breaks_the_receive_queue(guest: Guest) -> None:
+    """It is seen when the host sends."""
+    host = guest.call()
+    guest.driver.publish(RX, 0xFFFF)
+    guest.driver.kick(RX)
+    for _ in range(BUFFERS + 1):
+        host.sendall(b"x")
+        guest.settle()
+
+    assert guest.driver.needs_reset
+    assert ends(host)
 
 
 def test_a_driver_that_breaks_the_queue_ends_all_connections(guest: Guest) -> None:

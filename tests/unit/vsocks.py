@@ -15,7 +15,8 @@ import pytest
 
 from kvmpy.testing import FakeBoard, RingDriver
 from kvmpy.virtio.spec import F
-from kvmpy.virtio.vsock import HEADER, HOST_CID, REQUEST, RESPONSE, RX, STREAM, TX, VSOCK_F, Vsock
+from kvmpy.virtio.vsock import RX, TX, VSOCK_F, Vsock
+from kvmpy.virtio.vsock_stream import HEADER, HOST_CID, REQUEST, RESPONSE, STREAM
 
 CID = 3
 PORT, GUEST_PORT = 1024, 5000  # of the host, of the guest
