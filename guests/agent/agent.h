@@ -120,6 +120,8 @@ extern void (*when_lost)(void); /* what to undo when the client has gone */
 __attribute__((noreturn)) void leave(void);
 __attribute__((noreturn)) void linger(void);
 __attribute__((noreturn)) void fail(enum stage stage, long error, const char *text);
+void greet(const struct hello *hello);
+u64 take_greeting(char *to);
 void send_frame(enum kind kind, int stream, const void *payload, unsigned long size);
 void receive(struct frame *frame);
 char *receive_exec(const struct header *head);

@@ -527,18 +527,21 @@ __attribute__((noreturn)) static void carry_all(int signals)
 		for (int i = 0; i < 2; i++) { /* in turn, so that neither keeps the other waiting */
 			int stream = STDOUT + ((turn + i) & 1);
 
-			if (waits[2 + stream].revents && ends[stream] >= 0 && !out_used)
+			if (waits[2 + stream].revents == POLLHUP) /* and nothing is in it any more */
+				close_end(stream);
+			else if (waits[2 + stream].revents && !out_used)
 				carry(stream);
 		}
 		turn ^= 1;
-		if (!out_used && taken >= WINDOW_SIZE / 2) {
+		flush();
+		if (!out_used && taken >= WINDOW_SIZE / 2) { /* else there is a POLLOUT to come, and then this */
 			u32 more = taken;
 
 			queue(WINDOW, STDIN, &more, sizeof more);
 			window[STDIN] += taken;
 			taken = 0;
+			flush();
 		}
-		flush();
 	}
 }
 
@@ -556,6 +559,7 @@ void serve_command(char *payload, u64 size)
 	begin();
 	when_lost = lost;
 	pid = command;
+	out_used = take_greeting(out);
 	queue(STARTED, 0, &pid, sizeof pid);
 	nonblocking(peer);
 	flush();

@@ -51,14 +51,47 @@ static void send_all(const char *data, unsigned long size)
 	}
 }
 
+static struct greeting {
+	struct header head;
+	struct hello hello;
+} greeting;
+static int greeting_due;
+
+/* The agent's HELLO, if it is still due, to `to`; how many bytes that is. */
+u64 take_greeting(char *to)
+{
+	if (!greeting_due)
+		return 0;
+	greeting_due = 0;
+	memcpy(to, &greeting, sizeof greeting);
+	return sizeof greeting;
+}
+
 void send_frame(enum kind kind, int stream, const void *payload, unsigned long size)
 {
-	static struct frame out;
+	static char out[sizeof greeting + sizeof(struct header) + MAX_DATA];
+	struct header head = {.length = size, .kind = kind, .stream = stream};
+	u64 at = take_greeting(out);
 
-	out.head = (struct header){.length = size, .kind = kind, .stream = stream};
+	memcpy(out + at, &head, sizeof head);
+	at += sizeof head;
 	if (size)
-		memcpy(out.payload, payload, size);
-	send_all((char *)&out, sizeof out.head + size);
+		memcpy(out + at, payload, size);
+	send_all(out, at + size);
+}
+
+/* Answer to a HELLO; if the request is there already, together with the answer to that. */
+void greet(const struct hello *hello)
+{
+	struct pollfd more = {.fd = peer, .events = POLLIN};
+
+	greeting.head = (struct header){.length = sizeof *hello, .kind = HELLO};
+	greeting.hello = *hello;
+	greeting_due = 1;
+	if (SYS(poll, &more, 1, 0) != 1) {
+		greeting_due = 0;
+		send_all((char *)&greeting, sizeof greeting);
+	}
 }
 
 /* Tell what failed, then wait for the client to go. `error` is a negative errno. */

@@ -43,7 +43,7 @@ static void agree(void)
 	if (hello.oldest > VERSION || hello.newest < VERSION)
 		fail(STAGE_PROTOCOL, -EPROTONOSUPPORT, "this agent speaks version 1");
 	hello.oldest = hello.newest = VERSION;
-	send_frame(HELLO, 0, &hello, sizeof hello);
+	greet(&hello);
 }
 
 /* Serve the connection `peer`, which is all that this process is for. */
@@ -88,13 +88,14 @@ static long listen_vsock(void)
 }
 
 /* Say HELLO to the host, for which there may be nobody to hear it. */
-static void tell_host(void)
+static void tell_host(int listener)
 {
 	struct vsock_address address = {.family = AF_VSOCK_, .port = PORT, .cid = CID_HOST};
 	struct hello hello = {.magic = {'K', 'V', 'P', 'A'}, .oldest = VERSION, .newest = VERSION};
 
 	if (SYS(fork) != 0)
 		return;
+	SYS(close, listener);
 	peer = SYS(socket, AF_VSOCK_, STREAM_CLOEXEC, 0);
 	if (peer >= 0 && SYS(connect, peer, &address, sizeof address) == 0) {
 		send_frame(HELLO, 0, &hello, sizeof hello);
@@ -131,7 +132,7 @@ static int run(int argc, char **argv)
 	SYS(umask, 022);
 	if (in_guest) {
 		put("/proc/self/oom_score_adj", "-1000"); /* to lose the agent is to lose the guest */
-		tell_host();
+		tell_host(listener);
 	}
 	for (;;) {
 		struct vsock_address from = {0};

@@ -217,7 +217,7 @@ def _info(payload: bytes) -> Info:
         raise GuestLost(str(error)) from None
     mtime = entry.mtime if entry.mtime < 1 << 63 else entry.mtime - (1 << 64)
     return Info(
-        os.fsdecode(name), entry.mode, entry.uid, entry.gid, entry.links, entry.size, mtime / 1e9, os.fsdecode(target)
+        os.fsdecode(name), entry.mode, entry.uid, entry.gid, entry.links, entry.size, mtime / 10**9, os.fsdecode(target)
     )
 
 

@@ -300,12 +300,15 @@ class Process:
         return self._is_done() and not any(self._buffers.values())
 
     def _has_work(self) -> bool:
-        can_send = self._input_open and (self._window > 0 or not self._input_read)
-        return any(self._buffers.values()) or can_send or self._is_done()
+        return any(self._buffers.values()) or self._can_send() or self._is_done()
+
+    def _can_send(self) -> bool:
+        """Whether `write_input` would not wait: it may find out that nobody reads."""
+        return self._input_open and (self._window > 0 or not self._input_read)
 
     def _push_input(self, deadline: float | None) -> None:
         try:
-            while self._to_send and self._window and self._input_open:
+            while self._to_send and self._can_send():
                 self._to_send = self._to_send[self.write_input(self._to_send, deadline) :]
         except (BrokenPipeError, GuestLost):  # a lost guest is told of where its end is waited for
             self._to_send = memoryview(b"")
