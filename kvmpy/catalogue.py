@@ -23,6 +23,7 @@ CATALOGUE = {
     "virtio-balloon": "virtio.balloon:Balloon",
     "virtio-blk": "virtio.blk:Blk",
     "virtio-console": "virtio.port:PortSocket",
+    "virtio-fs": "virtio.fs:Fs",
     "virtio-net": "virtio.net:Net",
     "virtio-rng": "virtio.rng:Rng",
     "virtio-vsock": "virtio.vsock:Vsock",

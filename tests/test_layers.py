@@ -34,8 +34,13 @@ ALLOWED = {
     "evidence": {"core", "kvm", "machine", "vcpu", "x86"},
     "hints": {"core", "evidence", "kvm.exits"},
     "report": {"core", "evidence", "hints", "kvm.state", "machine", "x86.flags"},
+    "sandbox": {"config", "core", "guest", "host", "machine", "report", "virtio"},
     "doctor": {"boot", "core", "host", "kvm"},
-    "cli": {"boot", "catalogue", "config", "console", "core", "doctor", "host", "kvm", "machine", "report"},
+    "pytest_plugin": {"core", "doctor", "kvm", "machine", "report", "sandbox"},
+    "cli": {
+        "boot", "catalogue", "config", "console", "core", "doctor", "guest", "host", "kvm", "machine", "report",
+        "sandbox",
+    },
 }  # fmt: skip
 FREE = {"__init__", "__main__", "_kvm_build", "_kvm_ioctls", "_virtqueue_build"}  # the facade, the command, the C
 

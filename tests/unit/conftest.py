@@ -17,6 +17,7 @@ from kvmpy.virtio.balloon import Balloon
 from kvmpy.virtio.blk import Blk
 from kvmpy.virtio.console import VirtioConsole
 from kvmpy.virtio.device import VirtioDevice
+from kvmpy.virtio.fs import Fs
 from kvmpy.virtio.rng import Rng
 from kvmpy.virtio.vsock import Vsock
 
@@ -43,6 +44,7 @@ DEVICES: dict[str, Callable[[Path], VirtioDevice]] = {
     "balloon": lambda image: Balloon(stats=1),
     "console": lambda image: VirtioConsole(ports=2),
     "vsock": lambda image: Vsock(),
+    "fs": lambda image: Fs(path=image.parent, tag="share"),
 }
 
 

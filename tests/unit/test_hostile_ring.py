@@ -840,6 +840,7 @@ WORKING = {
     Type.BALLOON: (0, 1, 3, 4),
     Type.CONSOLE: (1, 3),
     Type.VSOCK: (1,),
+    Type.FS: (0, 1),
 }
 
 
@@ -863,7 +864,7 @@ def test_hostile_22_every_head_comes_back(each_device: VirtioDevice) -> None:
         tracemalloc.stop()
 
         assert not driver.needs_reset
-        assert kept[-1] < kept[1] + 4096
+        assert kept[-1] < kept[1] + 4096 + 32 * size  # Python keeps some small tuples; eight rounds would show
 
 
 class Mine:
