@@ -95,7 +95,7 @@ class AgentError(KvmpyError):
     """The agent in the guest could not do what it was asked for: `stage` is what failed, `errno` why."""
 
     def __init__(self, stage: str, errno: int, what: str, remedy: str = "") -> None:
-        super().__init__(f"{what}: {os.strerror(errno)}", remedy)
+        super().__init__(what, remedy)
         self.stage = stage
         self.errno = errno
 
