@@ -1,4 +1,4 @@
-"""Builds kvmpy: metadata is in pyproject.toml, cffi compiles the C shim, gcc the guest's init and agent."""
+"""Builds kvmpy: metadata is in pyproject.toml, cffi compiles the C of the package, gcc the guest's init and agent."""
 
 import subprocess
 from pathlib import Path
@@ -19,4 +19,7 @@ class BuildWithGuests(build_ext):
         subprocess.run(["make", "-C", "guests", "init", "agent", f"INIT={init}", f"AGENT={agent}"], check=True)
 
 
-setup(cffi_modules=["kvmpy/_kvm_build.py:ffibuilder"], cmdclass={"build_ext": BuildWithGuests})
+setup(
+    cffi_modules=["kvmpy/_kvm_build.py:ffibuilder", "kvmpy/_virtqueue_build.py:ffibuilder"],
+    cmdclass={"build_ext": BuildWithGuests},
+)

@@ -8,11 +8,17 @@
  *   /etc/kvmpy/modules  kernel modules, one path a line, in the order to load them; uncompressed
  *   /etc/kvmpy/exec     NUL-terminated words of the command to run; without this file there is a shell on the console
  *   /usr/lib/kvmpy/agent  serves the host while all this goes on, if it is wanted (PROTOCOL.md)
+ *   /etc/kvmpy/volumes  folders of the host to mount, in the root that the rest has: for each three NUL-terminated
+ *                       words, the tag of the file system device, the folder here, which is made, and "rw" or "ro"
  * What the kernel's command line tells it, through the environment that the kernel makes of unknown NAME=VALUE words:
  *   TERM, LINES, COLUMNS  the user's terminal, for the interactive shell
  * and, as any initramfs is told (Documentation/admin-guide/kernel-parameters.rst), in /proc/cmdline:
  *   root=/dev/NAME, root=LABEL=NAME or root=UUID=ID  the disk to go on from (by label and id: ext2, ext3, ext4 only);
  *                         with rootfstype=, rw, and init=. There is a shell when that is not possible.
+ *   ip=ADDRESS::GATEWAY:MASK::eth0:off:NAMESERVER
+ *                         (Documentation/admin-guide/nfs/nfsroot.rst) the first network card, and /etc/resolv.conf
+ *   kvmpy.root=TAG        the folder of the host with this tag becomes the root, with a tmpfs above it that takes all
+ *                         writes; the machine ends when that cannot be done
  *   kvmpy.agent=1         start the agent, in the root that the rest is to have
  *   kvmpy.agent=only      start it, and run neither command, shell nor the disk's init: power off when it ends
  *
@@ -121,6 +127,31 @@ static long list(const char *path, void (*each)(const char *folder, const char *
 	return n;
 }
 
+/* The kernel's command line. */
+
+static char cmdline[PAGE];
+
+/* What follows `name` in the last word of the kernel's command line that begins with it, up to the word's end; NULL. */
+static const char *option(const char *name, char *value, unsigned long size)
+{
+	const char *found = 0;
+
+	for (const char *at = cmdline; *at; at++) {
+		const char *rest = at == cmdline || at[-1] == ' ' ? after(at, name) : 0;
+		unsigned long n = 0;
+
+		if (!rest)
+			continue;
+		while (rest[n] && rest[n] != ' ' && rest[n] != '\n' && n + 1 < size) {
+			value[n] = rest[n];
+			n++;
+		}
+		value[n] = 0;
+		found = value;
+	}
+	return found;
+}
+
 /* The machine. */
 
 static void mount_all(void)
@@ -219,6 +250,35 @@ static void load_modules(void)
 	}
 }
 
+static char *volumes; /* what /etc/kvmpy/volumes has */
+static unsigned long volumes_size;
+
+/* Mount them; 0, or the negative errno of the last one that could not be. */
+static long mount_volumes(void)
+{
+	long failed = 0;
+
+	for (char *word = volumes; volumes && word < volumes + volumes_size;) {
+		char *tag = word, *folder = tag + length(tag) + 1, *how = folder + length(folder) + 1;
+		unsigned long flags = MS_NODEV | (same(how, "ro") ? MS_RDONLY : 0);
+		long error;
+
+		for (char *at = folder + 1; *at; at++) {
+			if (*at != '/')
+				continue;
+			*at = 0;
+			SYS(mkdir, folder, 0755);
+			*at = '/';
+		}
+		SYS(mkdir, folder, 0755);
+		error = SYS(mount, tag, folder, "virtiofs", flags, 0);
+		if (error)
+			complain("cannot mount the volume ", folder, failed = error);
+		word = how + length(how) + 1;
+	}
+	return failed;
+}
+
 static void name_host(void)
 {
 	struct new_utsname names;
@@ -239,6 +299,77 @@ static void loopback_up(void)
 	if (fd < 0)
 		return;
 	SYS(ioctl, fd, 0x8914 /* SIOCSIFFLAGS */, &request);
+	SYS(close, fd);
+}
+
+/* The number of the next part of an address, or of a whole one in network order, from text that it is moved behind. */
+static unsigned address_in(const char **text)
+{
+	unsigned address = 0;
+
+	for (int i = 0; i < 32; i += 8) {
+		address |= (number(text, 10) & 0xff) << i;
+		*text += i < 24 && **text == '.';
+	}
+	return address;
+}
+
+/* Set up eth0 as ip= says, if it does. */
+static void network_up(void)
+{
+	enum { SET_FLAGS = 0x8914, SET_ADDRESS = 0x8916, SET_MASK = 0x891c, ADD_ROUTE = 0x890b }; /* linux/sockios.h */
+	struct address { /* struct sockaddr_in */
+		unsigned short family, port;
+		unsigned address;
+		char zero[8];
+	};
+	struct { /* struct ifreq */
+		char name[16];
+		union {
+			struct address address;
+			short flags;
+			char room[24];
+		};
+	} request = {.name = "eth0"};
+	struct { /* struct rtentry */
+		unsigned long pad1;
+		struct address target, gateway, mask;
+		unsigned short flags;
+		short pad2;
+		unsigned long pad3[2];
+		short metric;
+		char *device;
+		unsigned long mtu, window;
+		unsigned short timeout;
+	} route = {.target.family = 2, .gateway.family = 2, .mask.family = 2, .flags = 3 /* RTF_UP | RTF_GATEWAY */};
+	char words[128], resolver[80] = "nameserver ";
+	const char *at = option("ip=", words, sizeof words);
+	long fd = at ? SYS(socket, 2 /* AF_INET */, 2 /* SOCK_DGRAM */, 0) : -1, error;
+
+	if (fd < 0)
+		return;
+	request.address.family = 2;
+	request.address.address = address_in(&at);
+	at += after(at, "::") ? 2 : 0;
+	route.gateway.address = address_in(&at);
+	at += *at == ':';
+	error = SYS(ioctl, fd, SET_ADDRESS, &request);
+	request.address.address = address_in(&at);
+	error = error ? error : SYS(ioctl, fd, SET_MASK, &request);
+	request.flags = 1 /* IFF_UP */;
+	error = error ? error : SYS(ioctl, fd, SET_FLAGS, &request);
+	error = error ? error : SYS(ioctl, fd, ADD_ROUTE, &route);
+	if (error)
+		complain("cannot set up the network card ", request.name, error);
+	SYS(close, fd);
+	at = after(at, "::eth0:off:");
+	if (!at)
+		return;
+	append(resolver, sizeof resolver, at);
+	append(resolver, sizeof resolver, "\n");
+	SYS(unlink, "/etc/resolv.conf"); /* it may be a link to what is not here */
+	fd = SYS(open, "/etc/resolv.conf", O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+	write_all(fd, resolver, length(resolver));
 	SYS(close, fd);
 }
 
@@ -292,31 +423,6 @@ static void open_console(void)
 	for (int i = 0; i < 3; i++)
 		if (SYS(fcntl, i, F_GETFD) < 0)
 			SYS(dup2, fd, i);
-}
-
-/* The kernel's command line. */
-
-static char cmdline[PAGE];
-
-/* What follows `name` in the last word of the kernel's command line that begins with it, up to the word's end; NULL. */
-static const char *option(const char *name, char *value, unsigned long size)
-{
-	const char *found = 0;
-
-	for (const char *at = cmdline; *at; at++) {
-		const char *rest = at == cmdline || at[-1] == ' ' ? after(at, name) : 0;
-		unsigned long n = 0;
-
-		if (!rest)
-			continue;
-		while (rest[n] && rest[n] != ' ' && rest[n] != '\n' && n + 1 < size) {
-			value[n] = rest[n];
-			n++;
-		}
-		value[n] = 0;
-		found = value;
-	}
-	return found;
 }
 
 /* Processes. Signals are blocked but while ppoll() waits, so that none is lost between a look and the wait. */
@@ -699,6 +805,63 @@ static void start_agent(void)
 	end(LINUX_REBOOT_CMD_POWER_OFF, -1);
 }
 
+/* Make what is mounted at /.root the root, with the mounts of the machine in it. */
+static void enter_root(void)
+{
+	static const char *const moved[] = {"/dev", "/proc", "/sys"};
+	char path[32];
+
+	for (unsigned i = 0; i < sizeof moved / sizeof moved[0]; i++) {
+		path[0] = 0;
+		append(path, sizeof path, "/.root");
+		append(path, sizeof path, moved[i]);
+		SYS(mkdir, path, 0755);
+		SYS(mount, moved[i], path, 0, MS_MOVE, 0);
+	}
+	SYS(chdir, "/.root");
+	SYS(mount, ".", "/", 0, MS_MOVE, 0);
+	SYS(chroot, ".");
+	SYS(chdir, "/");
+}
+
+/* A folder of the host as the root. */
+
+/* Mount the share `tag` as the root, below a tmpfs; 0 or a negative errno. */
+static long mount_root_share(const char *tag)
+{
+	long error;
+
+	SYS(mkdir, "/.share", 0755);
+	SYS(mkdir, "/.writes", 0755);
+	SYS(mkdir, "/.root", 0755);
+	error = SYS(mount, tag, "/.share", "virtiofs", MS_RDONLY, 0);
+	error = error ? error : SYS(mount, "tmpfs", "/.writes", "tmpfs", 0, "mode=0755");
+	SYS(mkdir, "/.writes/upper", 0755);
+	SYS(mkdir, "/.writes/work", 0755);
+	error = error ? error : SYS(mount, "root", "/.root", "overlay", 0,
+				    "lowerdir=/.share,upperdir=/.writes/upper,workdir=/.writes/work");
+	if (error)
+		return error;
+	enter_root();
+	/* What is in the host's is of no use to anybody here, or not for them. */
+	SYS(mkdir, "/tmp", 0);
+	SYS(mkdir, "/run", 0);
+	SYS(mount, "tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755");
+	return SYS(mount, "tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
+}
+
+/* Have the root that kvmpy.root= asks for, if it does. */
+static void enter_share(void)
+{
+	char tag[40];
+	long error = option("kvmpy.root=", tag, sizeof tag) ? mount_root_share(tag) : 0;
+
+	if (error) {
+		complain("cannot mount the root ", tag, error);
+		end(LINUX_REBOOT_CMD_POWER_OFF, -1);
+	}
+}
+
 /* The disk to go on from. */
 
 static const char *wanted; /* LABEL=... or UUID=... */
@@ -792,7 +955,6 @@ static long mount_root(unsigned long flags)
 static void boot_disk(char **argv)
 {
 	static const char *const inits[] = {"/sbin/init", "/etc/init", "/bin/init", "/bin/sh"};
-	static const char *const moved[] = {"/dev", "/proc", "/sys"};
 	char spec[128], given[128], path[256], rw[8];
 	const char *init = option("init=", given, sizeof given);
 	struct stat status;
@@ -823,16 +985,8 @@ static void boot_disk(char **argv)
 		complain("no init on the disk, which is at /.root: ", root, 0);
 		return;
 	}
-	for (unsigned i = 0; i < sizeof moved / sizeof moved[0]; i++) {
-		path[0] = 0;
-		append(path, sizeof path, "/.root");
-		append(path, sizeof path, moved[i]);
-		SYS(mount, moved[i], path, 0, MS_MOVE, 0);
-	}
-	SYS(chdir, "/.root");
-	SYS(mount, ".", "/", 0, MS_MOVE, 0);
-	SYS(chroot, ".");
-	SYS(chdir, "/");
+	enter_root();
+	mount_volumes();
 	start_agent();
 	set_signals(SIG_DFL);
 	argv[0] = (char *)init;
@@ -885,13 +1039,19 @@ __attribute__((used, noreturn)) static void start(unsigned long *stack)
 	make_nodes();
 	name_host();
 	loopback_up();
+	volumes = slurp("/etc/kvmpy/volumes", &volumes_size);
 	peek("/proc/cmdline", cmdline, sizeof cmdline);
 	find_agent();
+	enter_share();
+	network_up();
 	if (command) {
+		mount_volumes();
 		start_agent();
 		run_command(command, size);
 	}
 	boot_disk((char **)stack + 1);
+	if (mount_volumes() && agent_only)
+		end(LINUX_REBOOT_CMD_POWER_OFF, -1);
 	start_agent();
 	run_shell();
 	__builtin_unreachable();

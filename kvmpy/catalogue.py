@@ -23,8 +23,10 @@ CATALOGUE = {
     "virtio-balloon": "virtio.balloon:Balloon",
     "virtio-blk": "virtio.blk:Blk",
     "virtio-console": "virtio.port:PortSocket",
+    "virtio-fs": "virtio.fs:Fs",
     "virtio-net": "virtio.net:Net",
     "virtio-rng": "virtio.rng:Rng",
+    "virtio-vsock": "virtio.vsock:Vsock",
 }
 SWITCH = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": False, "false": False, "0": False}
 
@@ -126,7 +128,7 @@ def convert(what: str, hint: Any, value: str | None) -> Any:
         if value.lower() not in SWITCH:
             raise ConfigError(f'{what}: "{value}" is no switch', "use on or off")
         return SWITCH[value.lower()]
-    if value is None:
+    if value is None or (hint is Path and not value):
         raise ConfigError(f"{what} needs a value", f"write {what.rpartition(' ')[2]}=...")
     if hint in (int, float):
         try:

@@ -17,7 +17,7 @@ from .core.outbox import Outbox, PlainOutbox
 TAIL = 1 << 20  # bytes of output that are kept for wait_for and for reports
 OUTPUT_LIMIT = 1 << 18  # bytes under way to the host; beyond, the UART says it is busy and the guest waits
 BREAK = 0x100  # in the queue of input bytes: a break condition
-LINGER = 0.01  # seconds that output may wait for more: every hand-over to the loop's thread costs the guest time
+LINGER = 0.01  # seconds that output may wait for more, but the first: a hand-over to the loop costs the guest time
 BATCH = 256  # bytes that do not wait, nor does the end of a line
 INPUT_LIMIT = 4096  # bytes under way to the guest; beyond, the endpoint is left unread
 INPUT_CHUNK = 16  # bytes offered to the UART at a time: what its FIFO holds
@@ -71,6 +71,7 @@ class Console:
         self._sources: list[Source] = []
         self._endpoint: Endpoint | None = None
         self._outbox = outbox or PlainOutbox(OUTPUT_LIMIT, BATCH, lambda: loop.call_soon(self.look))
+        self._delivered = -LINGER  # when output was handed over last
         self._input: deque[int] = deque()
         self._paused = False
         self._tail = bytearray()
@@ -177,12 +178,14 @@ class Console:
     def look(self) -> None:
         """There is output; on the loop's thread."""
         _, lingers = self._outbox.waiting()
-        if lingers:
+        now = self._loop.time()
+        if lingers and now < self._delivered + LINGER:
             self._loop.after(LINGER, self._deliver)
-        else:
+        else:  # what comes after a silence is waited for: the echo of a key
             self._deliver()
 
     def _deliver(self) -> None:
+        self._delivered = self._loop.time()
         data = self._outbox.take()
         if not data:  # it has gone with an earlier call
             return

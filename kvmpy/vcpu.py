@@ -177,18 +177,24 @@ class VcpuThread:
             elif access < WRITE:
                 slot = slots.get(access)
                 if slot is not None:
-                    read, _, offset, mask, lock = slot
-                    with lock:
-                        answer = read(offset, access & 15) & mask
+                    read, _, lock, mask = slot
+                    if lock is None:
+                        answer = read() & mask
+                    else:
+                        with lock:
+                            answer = read() & mask
                 else:
                     bus = mmio if access & MMIO else ports
                     answer = bus.read((access & ~MMIO) >> fast.ADDRESS_SHIFT, access & fast.SIZE)
             elif access < OTHER:
                 slot = slots.get(access ^ WRITE)
                 if slot is not None:
-                    _, write, offset, _, lock = slot
-                    with lock:
-                        write(offset, access & 15, cpu.data)
+                    _, write, lock, _ = slot
+                    if lock is None:
+                        write(cpu.data)
+                    else:
+                        with lock:
+                            write(cpu.data)
                 else:
                     bus = mmio if access & MMIO else ports
                     bus.write((access & ~(MMIO | WRITE)) >> fast.ADDRESS_SHIFT, access & fast.SIZE, cpu.data)

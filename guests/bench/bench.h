@@ -72,7 +72,7 @@ static inline void phase_ends(u32 operations)
 
 /* The other CPUs (start.S, ap_start): each reads a port for ever, and counts. */
 
-enum { AP_PAGE = 0x8000, AP_PORT = AP_PAGE + 0x804, AP_COUNTS = AP_PAGE + 0x808, MAX_CPUS = 64 };
+enum { AP_PAGE = 0x8000, AP_PORT = AP_PAGE + 0x804, AP_COUNTS = AP_PAGE + 0x80c, MAX_CPUS = 64 };
 enum { LAPIC_ICR = 0xfee00300, OTHERS_INIT = 0xc4500, OTHERS_STARTUP = 0xc4600 };
 
 extern const u8 ap_start[], ap_end[];
@@ -81,7 +81,7 @@ static inline void start_others(u16 port)
 {
     for (u32 i = 0; i < (u32)(ap_end - ap_start); i++)
         ((volatile u8 *)AP_PAGE)[i] = ap_start[i];
-    for (u32 i = 0; i < MAX_CPUS + 2; i++)
+    for (u32 i = 0; i < MAX_CPUS + 3; i++)
         ((volatile u32 *)(AP_PAGE + 0x800))[i] = 0;
     *(volatile u16 *)AP_PORT = port;
     *(volatile u32 *)LAPIC_ICR = OTHERS_INIT;

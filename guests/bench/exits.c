@@ -20,9 +20,9 @@ static inline void out_string(u16 port)
 /* One loop for each kind, so that there is nothing else in it; the time is looked at now and then. */
 #define REPEAT(operation)              \
     do {                               \
-        for (int i = 0; i < 128; i++) \
+        for (int i = 0; i < 32; i++) \
             operation;                 \
-        done += 128;                   \
+        done += 32;                    \
     } while (ticks() < end)
 
 static u32 run(enum kind kind, u64 length)

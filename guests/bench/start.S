@@ -1,7 +1,8 @@
 # The first code of the benchmark guests that are written in C: from real mode to long mode, then `main`.
 #
 # Entry: real mode, at the first byte, wherever the image was loaded below 1 MiB; or as a 64 KiB ROM at the reset
-# vector (QEMU -bios). The parameters (bench.h) are at offset 4, to be filled in by who runs it. The image copies itself
+# vector (QEMU -bios); or in long mode at ENTRY64, as a kernel that was loaded to where it is linked (Firecracker). The
+# parameters (bench.h) are at offset 4, to be filled in by who runs it. The image copies itself
 # to where it was linked, maps the first and the fourth GiB one to one, and takes one interrupt: the virtio-mmio
 # device's, at VECTOR.
 
@@ -20,7 +21,8 @@
         .equ    AP_PAGE, 0x8000                 # bench.h has these, too
         .equ    AP_NEXT, AP_PAGE + 0x800
         .equ    AP_PORT, AP_PAGE + 0x804
-        .equ    AP_COUNTS, AP_PAGE + 0x808
+        .equ    AP_KEYS, AP_PAGE + 0x808        # how many bytes have come, for who looks into the guest's memory
+        .equ    AP_COUNTS, AP_PAGE + 0x80c
         .equ    COM1, 0x3f8
         .equ    LINE_STATUS, COM1 + 5
         .equ    INTERRUPT_STATUS, 0x60          # VIRTIO 1.2, 4.2.2
@@ -101,6 +103,28 @@ copied: lgdtl   gdtr
         or      $CR0_PG, %eax
         mov     %eax, %cr0
         ljmp    $CODE64, $long_mode
+
+        .code64
+long_entry:                                     # back to protected mode, to go the same way as the others
+        lgdt    gdtr64
+        mov     $STACK, %esp
+        pushq   $CODE32
+        pushq   $compatible
+        lretq
+        .code32
+compatible:
+        mov     $DATA, %ax
+        mov     %ax, %ds
+        mov     %ax, %es
+        mov     %ax, %ss
+        mov     %cr0, %eax
+        and     $~CR0_PG, %eax
+        mov     %eax, %cr0
+        mov     $MSR_EFER, %ecx
+        rdmsr
+        and     $~EFER_LME, %eax
+        wrmsr
+        jmp     copied
 
 map:    mov     $512, %ecx                      # entries in a directory, for 1 GiB from EAX on
 1:      mov     %eax, (%edi)
@@ -189,6 +213,7 @@ ap_start:
         jz      1b
         mov     $COM1, %dx
         in      %dx, %al
+        incl    AP_KEYS
         out     %al, %dx
         jmp     1b
 ap_end:
@@ -205,8 +230,15 @@ gdt_end:
 gdtr:   .word   gdt_end - gdt - 1
         .long   gdt
         .balign 8
+gdtr64: .word   gdt_end - gdt - 1
+        .quad   gdt
+        .balign 8
 idtr:   .word   16 * (VECTOR + 1) - 1
         .quad   IDT
+
+        .section .entry64, "ax"
+        .code64
+        jmp     long_entry
 
         .section .reset, "ax"                   # 16 bytes below the end of a ROM
         .code16

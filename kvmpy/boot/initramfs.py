@@ -75,6 +75,7 @@ def build(
     modules: Sequence[str] = (),
     modules_dir: Path | None = None,
     agent: bool = False,
+    volumes: Sequence[tuple[str, str, bool]] = (),
 ) -> bytes:
     """The initramfs as an uncompressed newc archive; the same input gives the same bytes.
 
@@ -84,10 +85,11 @@ def build(
     busybox  "auto" takes a static one of the host if there is one, None none
     modules  names of kernel modules to load first, from `modules_dir`, with all that they need
     agent    whether to put in the agent, which init starts if the command line has kvmpy.agent=1 (guests/PROTOCOL.md)
+    volumes  (tag of a file system device, absolute path in the guest, read-only): mounted before anything runs
     Raises ConfigError, NotFoundError, ImageError and HostError.
     """
     with progress.working("making the initramfs"):
-        return _build(exec, files, busybox, modules, modules_dir, agent)
+        return _build(exec, files, busybox, modules, modules_dir, agent, volumes)
 
 
 def _build(
@@ -97,6 +99,7 @@ def _build(
     modules: Sequence[str],
     modules_dir: Path | None,
     agent: bool,
+    volumes: Sequence[tuple[str, str, bool]],
 ) -> bytes:
     tree = _Tree()
     tree.add_base()
@@ -114,6 +117,8 @@ def _build(
         tree.add_modules(kernel_modules.find_folder(modules_dir), modules)
     if exec is not None:
         tree.add_command(exec)
+    if volumes:
+        tree.add_volumes(volumes)
     out = io.BytesIO()
     try:
         cpio.write(out, tree.entries())
@@ -259,6 +264,10 @@ class _Tree:
         else:
             words = _split(command)
         self._add("etc/kvmpy/exec", stat.S_IFREG | 0o644, os.fsencode("".join(f"{word}\0" for word in words)))
+
+    def add_volumes(self, volumes: Sequence[tuple[str, str, bool]]) -> None:
+        words = [word for tag, guest, ro in volumes for word in (tag, guest, "ro" if ro else "rw")]
+        self._add("etc/kvmpy/volumes", stat.S_IFREG | 0o644, os.fsencode("".join(f"{word}\0" for word in words)))
 
     def _add(self, name: str, mode: int, data: bytes | Path = b"", rdev: tuple[int, int] = (0, 0)) -> None:
         self._entries[name] = Entry(name, mode, data, rdev)

@@ -80,14 +80,12 @@ def load(path: Path) -> bytes:
     return bytes(data)
 
 
-def not_built_in(kernel: bytes, names: Iterable[str]) -> list[str]:
+def not_built_in(kernel: bytes | memoryview, names: Iterable[str]) -> list[str]:
     """The virtio drivers of `names` that are nowhere in an uncompressed kernel, which has their names as strings."""
-    return [
-        name
-        for name in dict.fromkeys(map(_canonical, names))
-        if name.startswith("virtio")
-        and all(b"\0%b\0" % spelling.encode() not in kernel for spelling in (name, name.replace("_", "-")))
-    ]
+    strings = re.finditer(rb"(virtio[-_]\w{1,32})\0", kernel)
+    there = {_canonical(match[1].decode()) for match in strings if kernel[match.start() - 1] == 0}
+    wanted = dict.fromkeys(map(_canonical, names))
+    return [name for name in wanted if name.startswith("virtio") and name not in there]
 
 
 def _canonical(name: str) -> str:

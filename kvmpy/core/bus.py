@@ -6,6 +6,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 MAX_RESOLVED = 1 << 16  # a guest may touch every byte of every device; the memo of resolved addresses stays this small
@@ -14,11 +15,14 @@ MAX_RESOLVED = 1 << 16  # a guest may touch every byte of every device; the memo
 class BusDevice(Protocol):
     """What a bus needs of a device. Values are integers; offsets count from the device's base.
 
-    `lock` is held by the bus around `read` and `write`: a device never runs two of its methods at once.
+    `lock` is held by the bus around `read` and `write`: a device never runs two of its methods at once. One whose lock
+    is None sees to that itself.
+
+    A device may also have `resolve(offset, size)`, for speed: see Slot.
     """
 
     @property
-    def lock(self) -> AbstractContextManager[Any]: ...
+    def lock(self) -> AbstractContextManager[Any] | None: ...
 
     def read(self, offset: int, size: int) -> int: ...
 
@@ -34,13 +38,16 @@ class Range(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A resolved access: everything that a read or write of one address and size needs."""
+    """A resolved access: everything that a read or write of one address and size needs.
 
-    read: Callable[[int, int], int]
-    write: Callable[[int, int, int], None]
-    offset: int
+    `resolve` of a device gives the first three; it is asked once for each offset and size, so what it gives must stay
+    right as long as the device has its place.
+    """
+
+    read: Callable[[], int]
+    write: Callable[[int], None]
+    lock: AbstractContextManager[Any] | None
     mask: int
-    lock: AbstractContextManager[Any]
 
 
 class Bus:
@@ -101,8 +108,11 @@ class Bus:
             if self._unmapped is not None:
                 self._unmapped(address, size, None)
             return (1 << 8 * size) - 1
-        with slot.lock:
-            return slot.read(slot.offset, size) & slot.mask
+        read, _, lock, mask = slot
+        if lock is None:
+            return read() & mask
+        with lock:
+            return read() & mask
 
     def write(self, address: int, size: int, value: int) -> None:
         """Write the low `size` bytes of `value` at `address`."""
@@ -111,8 +121,12 @@ class Bus:
             if self._unmapped is not None:
                 self._unmapped(address, size, value)
             return
-        with slot.lock:
-            slot.write(slot.offset, size, value & slot.mask)
+        _, write, lock, mask = slot
+        if lock is None:
+            write(value & mask)
+            return
+        with lock:
+            write(value & mask)
 
     def _resolve(self, address: int, size: int) -> Slot | None:
         """Find the device that answers all of the access; one that straddles its end is unmapped."""
@@ -121,7 +135,13 @@ class Bus:
         if index < 0 or address + size > ranges[index].end:
             return None
         base, _, device = ranges[index]
-        slot = Slot(device.read, device.write, address - base, (1 << 8 * size) - 1, device.lock)
+        offset = address - base
+        resolve = getattr(device, "resolve", None)
+        if resolve is None:
+            read, write, lock = partial(device.read, offset, size), partial(device.write, offset, size), device.lock
+        else:
+            read, write, lock = resolve(offset, size)
+        slot = Slot(read, write, lock, (1 << 8 * size) - 1)
         if len(self.slots) < MAX_RESOLVED:
             key = size | address << 4 | self._tag
             self.slots[key] = slot

@@ -6,18 +6,31 @@ An error is one line: what is wrong with which thing, then, after a semicolon, w
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from .board import Stop
 
 
 class KvmpyError(Exception):
-    """Base of all errors that users can act on; `status` is the exit status of the command line."""
+    """Base of all errors that users can act on; `status` is the exit status of the command line.
+
+    `stage` is what was being done, where there are steps, and `errno` the system's reason, where it gave one.
+    """
 
     status: ClassVar[int] = 125
+    stage: str = ""
+    errno: int | None = None
 
     def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what)
         self.what = what
         self.remedy = remedy
+
+    @property
+    def hint(self) -> str:
+        """What to do about it."""
+        return self.remedy
 
     def __str__(self) -> str:
         return f"{self.what}; {self.remedy}" if self.remedy else self.what
@@ -45,6 +58,7 @@ class KvmError(KvmpyError):
     """A KVM ioctl failed: `ioctl` is its name, `argument` what it was called with, `errno` why."""
 
     status = 126
+    errno: int
 
     def __init__(self, ioctl: str, argument: str, errno: int, remedy: str = "") -> None:
         super().__init__(f"{ioctl}({argument}): {os.strerror(errno)}", remedy)
@@ -75,9 +89,14 @@ class GuestMemoryError(GuestError):
 
 
 class GuestLost(KvmpyError):
-    """The guest, or the agent in it, has gone or makes no sense any more; what was asked of it may be half done."""
+    """The guest, or the agent in it, has gone or makes no sense any more; what was asked of it may be half done.
+
+    Where the machine has stopped, `stop` tells why; `report` is the crash report, where there is something to report.
+    """
 
     status = 255
+    stop: Stop | None = None
+    report: str = ""
 
 
 class TimedOut(KvmpyError, TimeoutError):
@@ -93,6 +112,8 @@ class TimedOut(KvmpyError, TimeoutError):
 
 class AgentError(KvmpyError):
     """The agent in the guest could not do what it was asked for: `stage` is what failed, `errno` why."""
+
+    errno: int
 
     def __init__(self, stage: str, errno: int, what: str, remedy: str = "") -> None:
         super().__init__(what, remedy)

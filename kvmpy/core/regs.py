@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Self, overload
 
 
@@ -138,11 +139,15 @@ class RegisterDevice(Device):
     SPAN: ClassVar[int]
     STRIDE: ClassVar[int]
     REGISTERS: ClassVar[dict[str, Reg]] = {}
+    _plain: ClassVar[bool]  # accesses go to registers as they are
+    _banked: ClassVar[frozenset[int | None]]  # offsets at which banks differ
 
     def __init_subclass__(cls, *, span: int = 0, stride: int = 1, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = {name: reg for name, reg in vars(cls).items() if isinstance(reg, Reg)}
         cls.REGISTERS = {**cls.REGISTERS, **own}
+        cls._banked = frozenset(reg.offset for reg in cls.REGISTERS.values() if reg.bank)
+        cls._plain = cls.read is RegisterDevice.read and cls.write is RegisterDevice.write
         if span:
             cls.SPAN, cls.STRIDE = span, stride
         _check_handlers(cls)
@@ -183,6 +188,17 @@ class RegisterDevice(Device):
         for name, reg in self.REGISTERS.items():
             self.__dict__[name] = reg.reset
         self.select_bank(0)
+
+    def handlers(self, offset: int) -> tuple[Callable[[], int], Callable[[int], None]]:
+        """What reads and writes the register at `offset`, of bank 0."""
+        reads, writes = self._banks[0]
+        return reads.get(offset, _zero), writes.get(offset, _nothing)
+
+    def resolve(self, offset: int, size: int) -> tuple[Callable[[], int], Callable[[int], None], Any]:
+        """For core.bus.Slot: the register's own handlers, where there is nothing to decide between."""
+        if self._plain and size <= self.STRIDE and offset not in self._banked:
+            return *self.handlers(offset), self.lock
+        return partial(self.read, offset, size), partial(self.write, offset, size), self.lock
 
     def read(self, offset: int, size: int) -> int:
         if size <= self.STRIDE:

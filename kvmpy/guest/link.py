@@ -16,7 +16,8 @@ from ..core.errors import AgentError, CommandError, GuestError, GuestFileError, 
 from . import protocol
 from .protocol import Frame, Hello, Kind, Parser, Stage
 
-Connect = Callable[[], socket.socket]  # a new connection to the agent's port
+# A new connection to the agent's port. It may have a method `lost(what, remedy="")` that makes the GuestLost.
+Connect = Callable[[], socket.socket]
 
 CHUNK = 256 << 10  # bytes of one read
 COMMAND_STAGES = frozenset((Stage.USER, Stage.LIMIT, Stage.CWD, Stage.EXEC, Stage.LOADER))
@@ -31,11 +32,12 @@ class Link:
     """Sends may come from any thread; one thread at a time may receive."""
 
     def __init__(self, connect: Connect, request: bytes) -> None:
-        """Connect and send HELLO and `request`, a frame; raises GuestLost."""
+        """Connect and send HELLO and `request`, a frame; raises GuestLost, or what `connect.lost` makes of that."""
+        self._lost: Callable[..., GuestLost] = getattr(connect, "lost", GuestLost)
         try:
             self._socket = connect()
         except OSError as error:
-            raise GuestLost(f"cannot reach the guest's agent: {error}", "the guest must run, with its agent") from None
+            raise self._lost(f"cannot reach the guest's agent: {error}", "the guest must run, with its agent") from None
         self._socket.setblocking(False)
         self._sending = threading.Lock()
         self._unsent = bytearray()
@@ -68,9 +70,9 @@ class Link:
             except (BlockingIOError, InterruptedError):
                 continue
             except OSError as error:
-                raise GuestLost(f"the connection to the guest is lost: {error.strerror}") from None
+                raise self._lost(f"the connection to the guest is lost: {error.strerror}") from None
             if not data:
-                raise GuestLost("the connection to the guest is lost: it has ended")
+                raise self._lost("the connection to the guest is lost: it has ended")
             try:
                 frames = self._parser.feed(data)
                 if frames and not self._greeted:

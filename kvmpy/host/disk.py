@@ -10,16 +10,19 @@ import functools
 import os
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.buffers import ZEROES, behind
 from ..core.errors import ConfigError, HostError, ImageError, NotFoundError
+from ..core.log import log
 from .filelock import lock
 
 SECTOR = 512
 IOV_MAX = 1024  # buffers that one preadv or pwritev takes (<linux/uio.h> UIO_MAXIOV)
 FORMATS = ("raw", "qcow2")
+QCOW2_MAGIC = b"QFI\xfb"
 CACHES = ("writeback", "unsafe", "direct")
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # FALLOC_FL_* of <linux/falloc.h>
@@ -37,6 +40,10 @@ class Image(Protocol):
 
     @property
     def read_only(self) -> bool: ...
+
+    @property
+    def fd(self) -> int:
+        """A file whose bytes are those of the disk, for those who need no `readv` and `writev` then; -1: none is."""
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None: ...
 
@@ -71,6 +78,7 @@ def open_image(path: Path, *, read_only: bool, cache: str, snapshot: bool, forma
         raise ConfigError(f"disk image {path} is raw: it has no backing file", "add format=qcow2, or leave out backing")
     else:
         image = open_raw(path, read_only=read_only or snapshot, cache=cache)
+        _warn_of_qcow2(image, path)
     if not snapshot or read_only:
         return image
     from .overlay import Overlay
@@ -90,13 +98,25 @@ def _open_qcow2(path: Path, read_only: bool, cache: str, backing: bool) -> Image
     return Qcow2(path, read_only=read_only, backing=backing, unsafe=cache == "unsafe")
 
 
+def _warn_of_qcow2(image: Raw, path: Path) -> None:
+    """No more than that: the guest can write these bytes to any raw image."""
+    head = bytearray(len(QCOW2_MAGIC))
+    with suppress(OSError):
+        image.readv(0, [memoryview(head)])
+    if head == QCOW2_MAGIC:
+        log.warning(f"disk image {path} begins like a qcow2 image, and is used as raw; add format=qcow2 if it is one")
+
+
 def open_raw(path: Path, *, read_only: bool = False, cache: str = "writeback") -> Raw:
     """A raw file or block device. Raises as open_image does."""
     image = Raw(open_file(path, read_only), read_only=read_only, cache=cache)
     try:
         size = image.measure()
         if not size:
-            raise ImageError(f"disk image {path} is empty", f"give it a size, e.g. truncate -s 1G {path}")
+            remedy = (
+                "attach something to it" if path.is_block_device() else f"give it a size, e.g. truncate -s 1G {path}"
+            )
+            raise ImageError(f"disk image {path} is empty", remedy)
         if size % SECTOR:
             remedy = f"round it up with truncate -s %{SECTOR} {path}, or give its format"
             raise ImageError(f"disk image {path} has {size} bytes, which is no multiple of {SECTOR}", remedy)
@@ -150,6 +170,10 @@ class Raw:
             what = f"disk image {path}: its file system refuses cache=direct ({error.strerror})"
             raise HostError(what, "use cache=writeback, or another file system") from None
 
+    @property
+    def fd(self) -> int:
+        return self._fd if self._direct < 0 else self._direct
+
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._transfer(os.preadv, offset, buffers)
 
@@ -187,7 +211,7 @@ class Raw:
         raise OSError(errno.EIO, "the file has become shorter")
 
     def _transfer(self, call: Callable[[int, Any, int], int], offset: int, buffers: Sequence[memoryview]) -> None:
-        fd = self._fd if self._direct < 0 else self._direct
+        fd = self.fd
         rest = [buffer for buffer in buffers if len(buffer)]
         while rest:
             try:
@@ -242,12 +266,14 @@ def _open(path: Path, name: str, flags: int) -> int:
             raise HostError(f"{name} is neither a file nor a block device", "give one of these")
         return os.open(path, flags)
     except (FileNotFoundError, NotADirectoryError):
-        remedy = f"check the path, or make an image with truncate -s 1G {path}"
+        remedy = "check the path" + (f", or make an image with truncate -s 1G {path}" if path.parent.is_dir() else "")
         raise NotFoundError(f"{name}: no such file", remedy) from None
     except ValueError:  # a NUL in the path
         raise ConfigError(f"disk image {str(path)!r} is no path", "check the path") from None
     except OSError as error:
-        raise HostError(f"{name}: {error.strerror}", _remedy(error, bool(writing))) from None
+        raise HostError(
+            f"{name}: {error.strerror}", _remedy(error, bool(writing) and os.access(path, os.R_OK))
+        ) from None
 
 
 def _remedy(error: OSError, writing: bool) -> str:

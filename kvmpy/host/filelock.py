@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..core.errors import HostError
 from ..core.log import log
+from ..core.text import escaped
 
 FLOCK = struct.Struct("@hhqqi0q")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 
@@ -40,8 +41,14 @@ def _in_use(fd: int, name: str) -> HostError:
     holders = sorted(_holders(fd))
     if os.getpid() in holders:
         return HostError(f"{name} is in use by this process already", "give it once, or only for reading")
-    who = f"process {holders[0]}" if holders else "another process"
+    who = f"process {holders[0]}{_name(holders[0])}" if holders else "another process"
     return HostError(f"{name} is in use by {who}", "end that first, or use a copy")
+
+
+def _name(process: int) -> str:
+    with suppress(OSError):  # gone meanwhile
+        return f" ({escaped(Path(f'/proc/{process}/comm').read_text(errors='replace').strip())})"
+    return ""
 
 
 def _holders(fd: int) -> Iterator[int]:

@@ -20,6 +20,7 @@ class Overlay:
     """`base`, which is never written to and is closed with the overlay, seen through its changes."""
 
     read_only = False
+    fd = -1
 
     def __init__(self, base: Image) -> None:
         """Raises HostError when there is no room for a temporary file."""

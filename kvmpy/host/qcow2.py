@@ -72,6 +72,7 @@ class Qcow2:
     ) -> None:
         self.path = path
         self.read_only = read_only
+        self.fd = -1  # clusters are anywhere in the file
         self._backing: Backing | None = None
         self._closed = False
         self._file = ImageFile(path, read_only=read_only, unsafe=unsafe)

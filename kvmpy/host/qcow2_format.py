@@ -16,10 +16,10 @@ from pathlib import Path
 from ..core.errors import ImageError
 from ..core.record import Record
 from ..core.regs import Bits, Field, bit
+from .disk import QCOW2_MAGIC
 from .image_file import ImageFile
 from .qcow2_tables import QWORD, decode
 
-MAGIC = b"QFI\xfb"
 HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # both versions
 HEADER_V3 = struct.Struct(">QQQII")  # what version 3 has behind it
 COMPRESSION_TYPE = HEADER.size + HEADER_V3.size  # offset of an optional byte of version 3
@@ -100,7 +100,7 @@ def read_header(file: ImageFile) -> Header:
 
 def parse(data: bytes, file_size: int, path: Path) -> Header:
     """The header in `data`, the start of a file of `file_size` bytes; raises ImageError."""
-    if data[: len(MAGIC)] != MAGIC:
+    if data[: len(QCOW2_MAGIC)] != QCOW2_MAGIC:
         raise ImageError(f"disk image {path} is no qcow2 image", "give its real format")
     check = _Check(path, file_size)
     check.that(len(data) >= HEADER.size, "is truncated in its header")

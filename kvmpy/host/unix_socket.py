@@ -24,16 +24,7 @@ class UnixSocket:
         self._client: socket.socket | None = None
         self._writer: Writer | None = None
         self._reader: Reader | None = None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and _nobody_listens(path):
-                path.unlink()
-            self._socket.bind(str(path))
-            path.chmod(0o600)
-            self._socket.listen(1)
-        except OSError as error:
-            self._socket.close()
-            raise HostError(f'cannot listen on "{path}": {error.strerror or error}', "name another path") from None
+        self._socket = listen_at(path)
         loop.add(self._socket.fileno(), self._accept, owner=owner)
 
     def write(self, data: bytes) -> None:
@@ -81,6 +72,21 @@ class UnixSocket:
             self._writer.close()
             self._client.close()
             self._client = self._writer = self._reader = None
+
+
+def listen_at(path: Path, backlog: int = 1) -> socket.socket:
+    """A non-blocking socket that listens at `path`, for this user alone; raises HostError when that cannot be."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and _nobody_listens(path):
+            path.unlink()
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(backlog)
+    except OSError as error:
+        listener.close()
+        raise HostError(f'cannot listen on "{path}": {error.strerror or error}', "name another path") from None
+    return listener
 
 
 def _nobody_listens(path: Path) -> bool:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.board import Board
 from ..core.buffers import pieces
 from ..core.errors import ConfigError
+from ..core.pure import PURE
 from ..core.ratelimit import RateLimit, parse_bandwidth
 from ..core.regs import Bits, bit
 from ..core.wire import U8, U16, U32, U64, Overlay
@@ -23,6 +24,9 @@ from ..host.disk import SECTOR, Image, Raw, open_image
 from .device import VirtioDevice
 from .queue import Chain, VirtQueue
 from .spec import Type
+
+if TYPE_CHECKING:
+    from .twin import DiskTwin
 
 QUEUE_SIZE = 256
 MAX_QUEUES = 16
@@ -144,6 +148,7 @@ class Blk(VirtioDevice):
         self._limit: RateLimit | None = None
         self._first = 0  # the queue that is served first after a wait
         self._accepted = 0
+        self._twins: dict[int, DiskTwin] = {}  # of the queues that have one
         self._handlers: dict[int, Callable[[Image, Chain, int, int], int]] = {
             T.IN: self._in,
             T.OUT: self._out,
@@ -173,6 +178,19 @@ class Blk(VirtioDevice):
 
     def activate(self, features: int, queues: Sequence[VirtQueue]) -> None:
         self._accepted = features
+        image = self._image
+        if PURE or image is None or image.fd < 0 or self._limit is not None or type(self).answer is not Blk.answer:
+            return
+        from .twin import DiskTwin, usable
+
+        writable = not image.read_only and bool(features & BLK_F.FLUSH)
+        for queue in filter(usable, (queue for queue in queues if queue.ready)):
+            self._twins[queue.index] = DiskTwin(
+                queue, image.fd, sectors=self.space.capacity, writable=writable, patient=len(queues) == 1
+            )
+
+    def reset(self) -> None:
+        self._twins = {}
 
     def resize(self) -> None:
         """Look how large the image is now, and tell the driver (with `lock` held). Raises ConfigError if it cannot
@@ -182,6 +200,8 @@ class Blk(VirtioDevice):
         self._image.measure()
         if self.space.capacity != self._image.size // SECTOR:
             self.space.capacity = self._image.size // SECTOR
+            for twin in self._twins.values():
+                twin.resize(self.space.capacity)
             self.config_changed()
 
     def close(self) -> None:
@@ -203,7 +223,7 @@ class Blk(VirtioDevice):
         image, limit = self._image, self._limit
         if image is None or (limit is not None and limit.waiting):
             return
-        for chain in queue.available():
+        for chain in self._twins.get(index, queue).available():
             self.answer(image, chain)
             queue.push(chain)
             if limit is not None and not limit.spend(max(chain.size, chain.capacity)):

@@ -11,9 +11,10 @@ Linux: VIRTIO_CONSOLE. Port 0 is /dev/hvc0; the others are /dev/vport0p1 and so 
         agent.write(b"hello")
 
 Nothing is lost in either direction: what a port's owner does not take stays in the guest's queue, what the guest does
-not take waits with the host. A hostile guest may write without end (one turn passes on BUDGET bytes of a port), name
-ports that are not there, send control messages that are cut, unknown or without end (answers are kept once for each
-port and event), or leave no buffers (a port then holds INPUT_LIMIT bytes).
+not take waits with the host, as does what comes for a port that no program in the guest has open. A hostile guest may
+write without end (one turn passes on BUDGET bytes of a port), name ports that are not there, send control messages
+that are cut, unknown or without end (answers are kept once for each port and event), or leave no buffers (a port then
+holds INPUT_LIMIT bytes).
 Older kernels (Linux before commit 5326ab737a47 of 2025) take the columns of a RESIZE message for the rows; a device of
 one port sends none.
 """
@@ -101,11 +102,16 @@ class Port:
     def listen(self, listening: bool) -> None:
         news = listening and not self.listening
         self.listening = listening
-        if news and self.on_room is not None:
-            self.on_room()
+        if news:
+            self._device.serve_soon(self.receive_queue)
+            if self.on_room is not None:
+                self.on_room()
 
     def fill(self, queue: VirtQueue) -> None:
-        """Input into the guest's buffers."""
+        """Input into the guest's buffers, if somebody is there to read it: Linux throws away what a port gets that no
+        program has open."""
+        if self.number and not self.listening:
+            return
         for _ in range(queue.size):
             chain = queue.pop() if self._input else None
             if chain is None:

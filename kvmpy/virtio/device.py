@@ -14,7 +14,7 @@ A chain that breaks the device's own protocol: raise GuestError, and the transpo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from ..core.board import Board
@@ -29,6 +29,7 @@ class VirtioDevice(Device):
     type_id: ClassVar[int]
     queue_sizes: Sequence[int] = ()  # the most entries of each queue: powers of two
     features: int = 0  # what the device offers, of its own type's bits
+    needs: ClassVar[Mapping[int, int]] = {}  # features that are taken only with one of those others (2.2.1)
     config: bytes | bytearray = b""  # the configuration space, as it reads
     modules: ClassVar[Sequence[str]] = ()  # the driver in the guest, where it is no part of the kernel
     own_thread: ClassVar[bool] = False  # for devices that wait for the host for long, and would hold up others

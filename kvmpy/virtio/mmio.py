@@ -8,7 +8,8 @@ sense ends in DEVICE_NEEDS_RESET.
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from ..core.board import Board
@@ -67,7 +68,7 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
     AT_ONCE = frozenset({QueueNotify.offset, InterruptStatus.offset, InterruptACK.offset})  # whatever the device does
 
     def __init__(self, device: VirtioDevice, board: Board, irq: IrqLine) -> None:
-        self.lock: Any = nullcontext()
+        self.lock: Any = None
         self._pending = threading.Lock()  # a leaf: held while InterruptStatus changes
         self.core = VirtioCore(device, board, self._used, self._changed)
         self.DeviceID = int(device.type_id)
@@ -123,8 +124,7 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
 
     @property
     def _settable(self) -> VirtQueue | None:
-        queue = self._selected
-        return queue if queue is not None and self.core.configurable and not queue.enabled else None
+        return self.core.settable(self.QueueSel)
 
     def read_QueueNumMax(self) -> int:
         queue = self._selected
@@ -181,6 +181,13 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
 
     def read_ConfigGeneration(self) -> int:
         return self.core.generation
+
+    def resolve(self, offset: int, size: int) -> tuple[Callable[[], int], Callable[[int], None], Any]:
+        """As `read` and `write` do it."""
+        if size != 4 or offset >= CONFIG:
+            return partial(self.read, offset, size), partial(self.write, offset, size), None
+        lock = None if offset in self.AT_ONCE else self.core.device.lock
+        return *self.handlers(offset), lock
 
     def read(self, offset: int, size: int) -> int:
         if offset in self.AT_ONCE:

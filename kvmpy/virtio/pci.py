@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import struct
 import threading
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -81,7 +80,7 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
     isr_status = Reg(ISR, width=1, write=0, rc=INTERRUPT.USED_BUFFER | INTERRUPT.CONFIGURATION, bits=INTERRUPT)
 
     def __init__(self, device: VirtioDevice, board: Board, bus: PciBus) -> None:
-        self.lock: Any = nullcontext()
+        self.lock: Any = None
         self._pending = threading.Lock()  # a leaf: held while isr_status changes
         self.core = VirtioCore(device, board, self._used, self._changed)
         queues = len(device.queue_sizes)
@@ -228,8 +227,7 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
 
     @property
     def _settable(self) -> VirtQueue | None:
-        queue = self._selected
-        return queue if queue is not None and self.core.configurable and not queue.enabled else None
+        return self.core.settable(self.queue_select)
 
     def read_num_queues(self) -> int:
         return len(self.core.queues)

@@ -97,7 +97,7 @@ class VirtQueue:
         self.index = index
         self.max_size = max_size
         self.more = False  # the last `available` ended with a full round
-        self._mem = mem
+        self.mem = mem
         self._interrupt = interrupt
         # Orders a store before a later load of memory that the guest writes: taking a lock is a full barrier on x86,
         # where nothing else needs one (2.7.10.1, 2.7.13.3.1).
@@ -109,6 +109,7 @@ class VirtQueue:
         self.size = self.max_size
         self.desc = self.avail = self.used = 0
         self.enabled = self.ready = False
+        self.indirect = self.event_idx = False  # features
         self._next_avail = self._next_used = self._signalled = 0
         self._rings: Any = None
 
@@ -122,15 +123,15 @@ class VirtQueue:
                 raise QueueError(f"queue {self.index}: enabled without an address of {name}")
             if address % alignment:
                 raise QueueError(f"queue {self.index}: {name} at {address:#x} is not aligned to {alignment}")
-        window = self._mem.window
+        window = self.mem.window
         self._rings = (
             window(self.desc, 16 * size),
             window(self.avail, 6 + 2 * size).cast("H"),
             window(self.used, 6 + 8 * size),
             window(self.used, 6 + 8 * size).cast("H"),
         )
-        self._indirect = bool(features & F.INDIRECT_DESC)
-        self._event_idx = bool(features & F.EVENT_IDX)
+        self.indirect = bool(features & F.INDIRECT_DESC)
+        self.event_idx = bool(features & F.EVENT_IDX)
         self._rings[3][0] = 0  # 2.7.8: the device wants to be told of every buffer
         self._ask_for_kick()
         self.ready = True
@@ -193,7 +194,7 @@ class VirtQueue:
         with self._barrier:
             pass
         avail = self._rings[1]
-        if self._event_idx:
+        if self.event_idx:
             used_event = avail[2 + self.size]
             news = self._next_used - self._signalled & 0xFFFF
             wanted = (self._next_used - used_event - 1 & 0xFFFF) < news
@@ -202,6 +203,23 @@ class VirtQueue:
         self._signalled = self._next_used
         if wanted:
             self._interrupt(self)
+
+    # For the twin, which does in C what `pop` and `push` do.
+
+    @property
+    def rings(self) -> tuple[memoryview, memoryview, memoryview]:
+        """The bytes of descriptors, available ring and used ring; for a queue that is ready."""
+        desc, avail, used, _ = self._rings
+        return desc, avail.cast("B"), used
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """Of the next entry in the available ring and of the next one in the used ring, both modulo 2^16."""
+        return self._next_avail, self._next_used
+
+    @positions.setter
+    def positions(self, positions: tuple[int, int]) -> None:
+        self._next_avail, self._next_used = positions
 
     # State.
 
@@ -232,7 +250,7 @@ class VirtQueue:
 
     def _ask_for_kick(self) -> None:
         """Let the driver kick for the next entry it makes available; then look again: it may just have (2.7.10)."""
-        if self._event_idx:
+        if self.event_idx:
             self._rings[3][2 + 4 * self.size] = self._next_avail  # avail_event, behind the used ring
         with self._barrier:
             pass
@@ -242,14 +260,14 @@ class VirtQueue:
         table, size, at = self._rings[0], self.size, head
         readable: list[memoryview] = []
         writable: list[memoryview] = []
-        unpack, window = DESC.unpack_from, self._mem.window
+        unpack, window = DESC.unpack_from, self.mem.window
         total, in_indirect = 0, False
         for _ in range(2 * self.size):  # chained descriptors, then those of one indirect table
             if at >= size:
                 raise QueueError(f"queue {self.index}: descriptor {at} of {size}")
             address, length, flags, following = unpack(table, 16 * at)
             if flags & DESC_F.INDIRECT:
-                if not self._indirect or in_indirect or flags & DESC_F.NEXT or length % 16 or not length:
+                if not self.indirect or in_indirect or flags & DESC_F.NEXT or length % 16 or not length:
                     raise QueueError(f"queue {self.index}: bad indirect descriptor (flags {flags:#x}, {length} bytes)")
                 in_indirect, at, size = True, 0, length // 16
                 if size > self.size:

@@ -102,7 +102,9 @@ class VirtioCore:
             self.accepted = self.accepted & ~(HALF << 32 * half) | value << 32 * half
 
     def _acceptable(self) -> bool:
-        return not self.accepted & ~self.offered and bool(self.accepted & F.VERSION_1)
+        accepted = self.accepted
+        alone = any(accepted & one and not accepted & others for one, others in self.device.needs.items())
+        return not accepted & ~self.offered and bool(accepted & F.VERSION_1) and not alone
 
     # Queues.
 
@@ -113,6 +115,14 @@ class VirtioCore:
     def configurable(self) -> bool:
         """Whether the driver may still set up queues."""
         return not self.status & STATUS.DRIVER_OK
+
+    def settable(self, index: int) -> VirtQueue | None:
+        """Queue `index` for the driver to give it a size and addresses, which comes before it is enabled (3.1.1)."""
+        queue = self.queue(index)
+        if queue is None or (self.configurable and not queue.enabled):
+            return queue
+        self._board.log("a queue is set up too late", device=type(self.device).__name__, queue=index)
+        return None
 
     def kick(self, index: int) -> None:
         """Have queue `index` served on the event loop, once however often it is kicked until then.

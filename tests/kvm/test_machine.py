@@ -21,6 +21,7 @@ import pytest
 
 import kvmpy
 from kvmpy import Reason
+from kvmpy.core.errors import NotFoundError
 from kvmpy.x86 import layout
 
 SECONDS = 30.0
@@ -406,3 +407,10 @@ def test_drivers_that_nobody_misses(
         pass
 
     assert capsys.readouterr().err == ""
+
+
+def test_modules_where_the_user_says(linux: Callable[[bytes], Path], tmp_path: Path) -> None:
+    machine = kvmpy.Machine(kernel=linux(b""), devices=["virtio-rng"], modules_dir=tmp_path / "none")
+
+    with pytest.raises(NotFoundError, match=rf"no modules folder {tmp_path}/none"):
+        machine.start()

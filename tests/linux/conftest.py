@@ -1,5 +1,5 @@
 """The ladder: `cloud` and `amd64` (Debian's kernels), `start` (a command), `boot` (`kvmpy boot` until it ends);
-`pingable` and `repository` for networks.
+`cable`, `pingable` and `repository` for networks.
 
 All tests here boot Linux, but those of scripts/linux-host. They are skipped where this host's KVM cannot.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from command import KVMPY, Boot, Command, Finished, Start
+from networks import cable as cable
 from networks import pingable as pingable
 from networks import repository as repository
 

@@ -7,10 +7,11 @@ import hashlib
 import http.server
 import os
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from kvmpy.core.errors import HostError
 from kvmpy.host.passt import Passt
 
+LIMIT = 150.0  # seconds, for anything that a guest does
 CONTROL = """Package: kvmpy-hello
 Version: 1.0
 Architecture: all
@@ -94,3 +96,34 @@ def repository(tmp_path: Path) -> Iterator[int]:
     (served / "Packages").write_text(CONTROL + where)
     with serve(served) as port:
         yield port
+
+
+@pytest.fixture
+def cable(tmp_path: Path) -> Iterator[Path]:
+    """A socket for two network devices to connect to: what one of them sends the other one gets."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "cable"))
+        listener.listen(2)
+        thread = threading.Thread(target=connect_two, args=[listener])
+        thread.start()
+        yield tmp_path / "cable"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(LIMIT)
+
+
+def connect_two(listener: socket.socket) -> None:
+    """Until one of them has gone; or nobody comes."""
+    with suppress(OSError), listener.accept()[0] as one, listener.accept()[0] as other:
+        back = threading.Thread(target=copy, args=[other, one])
+        back.start()
+        copy(one, other)
+        back.join(LIMIT)
+
+
+def copy(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    for end in (source, target):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)

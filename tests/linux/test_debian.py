@@ -7,11 +7,10 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from command import KVMPY, Boot, Command, Start
+from command import KVMPY, Boot, Command, Start, wait_until
 
 from kvmpy.boot import cache
 
@@ -38,6 +37,18 @@ for d in /sys/block/vd?; do echo "disk $(basename $d) $(cat $d/serial)"; done
 echo "cards $(cat /sys/class/net/eth0/address /sys/class/net/eth1/address | xargs)"
 echo "random $(head -c 4096 /dev/hwrng | wc -c) $(cat /sys/class/misc/hw_random/rng_current)"
 echo "console $(cat /sys/class/tty/console/active)"
+for name in /sys/class/virtio-ports/*/name; do device=/dev/$(basename $(dirname $name)); done
+exec 3<>$device  # once: what comes before a close is thrown away by Linux
+echo "from the guest" >&3
+read -r answer <&3
+exec 3>&-
+echo "port $(cat $name): $answer"
+for n in $(seq 100); do
+    inflated=$(sed -n 's/^balloon_inflate //p' /proc/vmstat)
+    [ "$inflated" -ge 16384 ] && break
+    sleep 0.1
+done
+echo "balloon $inflated"
 dd if=/dev/vdb of=/dev/vdb bs=1M count=1 seek=1 conv=notrunc,fsync 2>/dev/null
 ip netns add other
 ip link set eth1 netns other
@@ -131,40 +142,23 @@ def kept(disk: Path) -> str:
 
 
 @pytest.fixture
-def cable(tmp_path: Path) -> Iterator[list[Path]]:
-    """Two sockets for --net socket=: what comes in at one goes out at the other."""
-    paths = [tmp_path / "one", tmp_path / "two"]
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in paths]
-        for listener, path in zip(listeners, paths, strict=True):
-            listener.bind(str(path))
-            listener.listen()
-        thread = threading.Thread(target=connect, args=listeners)
-        thread.start()
-        yield paths
-        for path in paths:
-            stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))  # in case that nobody else did
-        thread.join()
+def agent(tmp_path: Path) -> Iterator[Path]:
+    """A socket for --device virtio-console: somebody connects to it, waits for a line and answers."""
+    path = tmp_path / "agent"
+    heard: list[bytes] = []
 
+    def answer() -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            wait_until(lambda: client.connect_ex(str(path)) == 0, "the socket of the port")
+            heard.append(client.recv(64))
+            client.sendall(b"from the host\n")
+            client.recv(1)  # until it is hung up
 
-def connect(one: socket.socket, other: socket.socket) -> None:
-    """Copy between the first connections to both until these end."""
-    ends = [one.accept()[0], other.accept()[0]]
-    threads = [threading.Thread(target=copy, args=pair) for pair in (ends, ends[::-1])]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for end in ends:
-        end.close()
-
-
-def copy(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):  # one of them has gone, with what was on its way
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
+    thread = threading.Thread(target=answer)
+    thread.start()
+    yield path
+    thread.join()
+    assert heard == [b"from the guest\n"]
 
 
 def test_debians_own_initrd_finds_the_disk_on_pci(boot: Boot, debian: Path, disk: Path) -> None:
@@ -182,9 +176,9 @@ def test_debians_own_initrd_finds_the_disk_on_pci(boot: Boot, debian: Path, disk
 
 @pytest.mark.parametrize("transport", ["mmio", "pci"])
 def test_everything_together(
-    boot: Boot, cloud: Path, disk: Path, tmp_path: Path, cable: list[Path], transport: str
+    boot: Boot, cloud: Path, disk: Path, tmp_path: Path, cable: Path, agent: Path, transport: str
 ) -> None:
-    """Our initramfs, two disks, two network cards, entropy, a balloon, and the console: all of them work at once."""
+    """Our initramfs, two disks, two network cards, entropy, a balloon, console and port: all of them work at once."""
     put(disk, "probe", PROBE)
     put(disk, "everything", EVERYTHING)
     data = tmp_path / "data.img"
@@ -193,8 +187,9 @@ def test_everything_together(
     done = boot(
         *("-k", cloud, "--transport", transport, "--console", "virtio", "--mem", "512M"),
         *("--disk", f"{disk},serial=first", "--disk", f"{data},serial=second"),
-        *("--net", f"socket={cable[0]},mac=02:00:00:00:00:01", "--net", f"socket={cable[1]},mac=02:00:00:00:00:02"),
-        *("--device", "virtio-rng", "--device", "virtio-balloon"),
+        *("--net", f"socket={cable},mac=02:00:00:00:00:01", "--net", f"socket={cable},mac=02:00:00:00:00:02"),
+        *("--device", "virtio-rng", "--device", "virtio-balloon,target=64M"),
+        *("--device", f"virtio-console,port=org.example.agent,path={agent}"),
         *("--append", "root=/dev/vda rw init=/usr/local/bin/probe loglevel=4 -- everything"),
     )
     text = done.stdout.replace("\r", "")
@@ -203,12 +198,15 @@ def test_everything_together(
     assert "root /dev/vda ext4   rw" in text
     assert "EXT4-fs (vda): couldn't mount" not in text
     assert sorted(re.findall(r"^bound (\w+) 0x0000000f", text, re.MULTILINE)) == [
-        "virtio_balloon", "virtio_blk", "virtio_blk", "virtio_console", "virtio_net", "virtio_net", "virtio_rng",
+        "virtio_balloon", "virtio_blk", "virtio_blk", "virtio_console", "virtio_console",
+        "virtio_net", "virtio_net", "virtio_rng",
     ]  # fmt: skip
     assert re.findall(r"^disk (.*)", text, re.MULTILINE) == ["vda first", "vdb second"]
     assert "cards 02:00:00:00:00:01 02:00:00:00:00:02\n" in text
     assert "random 4096 virtio_rng.0\n" in text
     assert re.search(r"^console .*\bhvc0\n", text, re.MULTILINE)
+    assert "port org.example.agent: from the host\n" in text
+    assert re.search(r"^balloon 1638[4-9]$", text, re.MULTILINE)
     assert "3 packets transmitted, 3 received" in text, text
     assert data.read_bytes() == bytes(range(256)) * (2 * MIB // 256)
     assert kept(disk).endswith("everything\n")

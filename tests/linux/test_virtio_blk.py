@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,25 +41,36 @@ say direct 'dd if=/dev/vdb of=/dev/vdc bs=64k count=8 oflag=direct 2>/dev/null; 
 dd if=/dev/zero of=/dev/vdd bs=1M count=1 2>/dev/null; sync
 say snapshot 'dd if=/dev/vdd bs=1M count=1 iflag=direct 2>/dev/null | sha256sum'
 say errors 'dmesg | grep -ciE "I/O error|EXT4-fs (error|warning)"'
+say full 'dd if=/dev/zero of=/dev/vde bs=256k oflag=direct 2>&1 | grep -o "error.*\|No space.*"'
+say told 'dmesg | grep -c "I/O error, dev vde"'
+say readable 'dd if=/dev/vde bs=256k count=1 iflag=direct 2>/dev/null | wc -c'
+say freed 'blkdiscard /dev/vde && echo yes'
+dd if=/dev/urandom of=/mnt/new bs=1M count=1 2>/dev/null
+say recovered 'dd if=/mnt/new of=/dev/vde bs=256k oflag=direct 2>/dev/null && sha256sum < /mnt/new'
 """
+SMALL = 4 * MIB  # of the file system with the image that does not fit
 
 
 class Session:
     """What the guest said and what its disks hold, afterwards."""
 
-    def __init__(self, folder: Path, kernel: Path) -> None:
+    def __init__(self, folder: Path, small: Path, kernel: Path) -> None:
         self.before = os.urandom(4 * MIB)
         self.disks = {name: folder / name for name in ("vda", "vdb", "vdc", "vdd")}
         for path in self.disks.values():
             path.write_bytes(self.before)
         os.truncate(self.disks["vda"], 0)
         os.truncate(self.disks["vda"], 64 * MIB)
+        self.disks["vde"] = small / "vde"
+        self.disks["vde"].touch()
+        os.truncate(self.disks["vde"], 2 * SMALL)
         tool("mke2fs", "-q", "-t", "ext4", "-E", "lazy_itable_init=0", self.disks["vda"])
         machine = kvmpy.Machine(kernel=kernel, cpus=2, modules=["ext4"], exec=f"mkdir -p /mnt; {SCRIPT}")
         machine.add(Blk(path=self.disks["vda"], serial="root-disk"))
         machine.add(Blk(path=self.disks["vdb"], ro=True))
         machine.add(Blk(path=self.disks["vdc"], queues=2))
         machine.add(Blk(path=self.disks["vdd"], snapshot=True))
+        machine.add(Blk(path=self.disks["vde"]))
         with machine:
             machine.wait(LIMIT)
         lines = (line.split(": ", 1) for line in machine.console.text.splitlines() if ": " in line)
@@ -78,13 +90,23 @@ def sha256(data: bytes) -> str:
 
 
 @pytest.fixture(scope="module")
-def session(cloud: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
-    return Session(tmp_path_factory.mktemp("disks"), cloud)
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small file system, or just a folder where none can be mounted."""
+    path = tmp_path_factory.mktemp("small")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", path]
+    mounted = not subprocess.run(mount, capture_output=True, check=False, env={"PATH": PATH}).returncode
+    yield path
+    subprocess.run(["umount", path] if mounted else ["true"], check=True, env={"PATH": PATH})
+
+
+@pytest.fixture(scope="module")
+def session(cloud: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    return Session(tmp_path_factory.mktemp("disks"), small, cloud)
 
 
 def test_disks_are_what_was_asked_for(session: Session) -> None:
-    assert session.said["names"] == "vda vdb vdc vdd"
-    assert session.said["sizes"] == f"{64 * MIB} {4 * MIB} {4 * MIB} {4 * MIB}"
+    assert session.said["names"] == "vda vdb vdc vdd vde"
+    assert session.said["sizes"] == f"{64 * MIB} {4 * MIB} {4 * MIB} {4 * MIB} {2 * SMALL}"
     assert session.said["serial"] == "root-disk"
     assert session.said["ro"] == "0 1"
     assert session.said["queues"] == "2"
@@ -125,3 +147,15 @@ def test_discard_and_direct_writes(session: Session) -> None:
 def test_snapshot_is_forgotten(session: Session) -> None:
     assert session.said["snapshot"] == sha256(bytes(MIB))
     assert session.disks["vdd"].read_bytes() == session.before
+
+
+def test_full_file_system_under_the_image(session: Session, small: Path) -> None:
+    """The guest sees I/O errors while there is no room, and goes on when there is."""
+    if not small.is_mount():
+        pytest.skip("no right to mount a small file system")
+
+    assert "error" in session.said["full"]
+    assert int(session.said["told"]) > 0
+    assert session.said["readable"] == str(256 << 10)
+    assert session.said["freed"] == "yes"
+    assert sha256(session.disks["vde"].read_bytes()[:MIB]) == session.said["recovered"]

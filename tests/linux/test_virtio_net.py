@@ -82,6 +82,7 @@ def sha256(data: bytes) -> str:
 
 # What the guest's busybox says when it got an address, in DHCP.
 DHCP = """
+ip link set lo up
 cat >/tmp/bound <<'EOF'
 #!/bin/sh
 [ "$1" = bound ] || exit 0
@@ -186,37 +187,6 @@ def test_tap_with_offloads(cloud: Path, tap: str, served: tuple[int, bytes], dns
     assert (stop.reason, stop.status) == (kvmpy.Reason.EXIT, 0)
     to_guest, from_guest = longest_frames(tmp_path / "capture", net.mac)
     assert min(to_guest, from_guest) > ORDINARY
-
-
-@pytest.fixture
-def cable(tmp_path: Path) -> Iterator[Path]:
-    """A socket for two network devices to connect to: what one of them sends the other one gets."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "cable"))
-        listener.listen(2)
-        thread = threading.Thread(target=connect_two, args=[listener])
-        thread.start()
-        yield tmp_path / "cable"
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join(LIMIT)
-
-
-def connect_two(listener: socket.socket) -> None:
-    """Until one of them has gone; or nobody comes."""
-    with suppress(OSError), listener.accept()[0] as one, listener.accept()[0] as other:
-        back = threading.Thread(target=copy, args=[other, one])
-        back.start()
-        copy(one, other)
-        back.join(LIMIT)
-
-
-def copy(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    for end in (source, target):
-        with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
 
 
 # The one that serves, and the one that asks: first over the cable, then its second card gets a link.

@@ -81,8 +81,15 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(params=["twin", "python"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who serves ordinary requests of disks; tests that put faults into `os` want "python"."""
+    monkeypatch.setattr("kvmpy.virtio.blk.PURE", request.param == "python")
+    return str(request.param)
+
+
 @pytest.fixture
-def connect(path: Path, transport: str, request: pytest.FixtureRequest) -> Connect:
+def connect(path: Path, transport: str, engine: str, request: pytest.FixtureRequest) -> Connect:
     """Makes a Disk on the image at `path`."""
 
     def connect(features: int = FEATURES, **options: Any) -> Disk:

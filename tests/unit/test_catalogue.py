@@ -69,6 +69,7 @@ def test_without_options(mine: str) -> None:
         ("{mine}:DEFAULT", '{mine} has no device "DEFAULT"; it has Mine, Plain'),
         ("{mine}:Mine", '{mine}:Mine needs the option "path"; write {mine}:Mine,path=...'),
         ("{mine}:Mine,path", "{mine}:Mine: option path needs a value; write path=..."),
+        ("{mine}:Mine,path=", "{mine}:Mine: option path needs a value; write path=..."),
         ("{mine}:Mine,path=a,path=b", '{mine}:Mine: option "path" is given twice; give it once'),
         ("{mine}:Mine,path=a,size=big", '{mine}:Mine: option size: "big" is no number; use e.g. 10'),
         ("{mine}:Mine,path=a,ro=maybe", '{mine}:Mine: option ro: "maybe" is no switch; use on or off'),

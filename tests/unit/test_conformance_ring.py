@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from disks import CONTENT, Connect, Disk
@@ -259,10 +259,10 @@ def test_conformance_12_interrupt_at_the_used_event(driver: RingDriver) -> None:
     assert told == [INTERRUPT.USED_BUFFER, 0, INTERRUPT.USED_BUFFER, 0]
 
 
-@pytest.mark.parametrize("size", [1, 4, 256])
-def test_conformance_12_interrupt_formula(transport: str, size: int) -> None:
+@pytest.mark.parametrize(("kind", "size"), [("plain", 1), ("plain", 4), ("plain", 256), ("disk", 4)])
+def test_conformance_12_interrupt_formula(flood: Flood, kind: str, size: int) -> None:
     """2.7.7.2: iff (u16)(new - event - 1) < (u16)(new - old); with 256 entries the indices wrap."""
-    driver = flooded(transport, size)
+    driver = flood(kind, size)
     rng = random.Random(size)
     old, wrong = 0, []
 
@@ -293,17 +293,34 @@ class Sink(Echo):
             queue.push(chain)
 
 
-def flooded(transport: str, size: int, features: int = ALL) -> RingDriver:
-    """A driver of a Sink whose ring has a head in each place: only the index is left to be moved."""
-    board = FakeBoard(transport=transport)
-    Sink(size).attach(board)
-    driver = RingDriver(board)
-    driver.start(features)
-    ring = driver.queues[0]
-    for n in range(size):
-        driver.descriptor(ring.desc, n, 0x700, 1, 0, 0)
-    board.mem.write(ring.avail + 4, struct.pack(f"<{size}H", *range(size)))
-    return driver
+Flood = Callable[..., RingDriver]
+
+
+@pytest.fixture
+def flood(transport: str, connect: Connect) -> Flood:
+    """Makes a driver whose ring has a head in each place, so that only the index is left to be moved. Each is a whole
+    request: of a Sink, or that for a sector of a disk, whose requests may have another reader."""
+
+    def flood(kind: str, size: int, features: int = ALL) -> RingDriver:
+        if kind == "disk":
+            driver = connect().driver
+        else:
+            board = FakeBoard(transport=transport)
+            Sink(size).attach(board)
+            driver = RingDriver(board)
+        driver.start(features, [size])
+        ring = driver.queues[0]
+        driver.board.mem.write(0x700, HEADER.pack(T.IN, 0, 7))
+        request = [(0x700, 16, NEXT), (0x1000, 512, NEXT | WRITE), (0x1200, 1, WRITE)]
+        for n, (address, count, flags) in enumerate(request):
+            driver.descriptor(0x800, n, address, count, flags, n + 1)
+        for n in range(size):
+            first = (0x800, 16 * len(request), INDIRECT) if kind == "disk" else (0x700, 1, 0)
+            driver.descriptor(ring.desc, n, *first, 0)
+        driver.board.mem.write(ring.avail + 4, struct.pack(f"<{size}H", *range(size)))
+        return driver
+
+    return flood
 
 
 def more_available(driver: RingDriver, count: int) -> None:
@@ -388,24 +405,27 @@ def test_conformance_12_nothing_is_lost_without_a_second_kick(driver: RingDriver
 # 13: indices count modulo 2^16.
 
 
-@pytest.mark.parametrize("features", [ALL, F.VERSION_1])
-@pytest.mark.parametrize("size", [1, 2, 4, 256])
-def test_conformance_13_indices_wrap(transport: str, size: int, features: int) -> None:
+FLOODS = [("plain", size, features) for size in (1, 2, 4, 256) for features in (ALL, int(F.VERSION_1))]
+
+
+@pytest.mark.parametrize(("kind", "size", "features"), [*FLOODS, ("disk", 4, ALL), ("disk", 256, ALL)])
+def test_conformance_13_indices_wrap(flood: Flood, kind: str, size: int, features: int) -> None:
     """2.7.6 and 2.7.8: 70000 requests and more, on queues of all sizes; each entry is used in its turn."""
-    driver = flooded(transport, size, features)
+    driver = flood(kind, size, features)
     ring = driver.queues[0]
     rounds = -(-70_000 // size)
+    indices = []
 
     for _ in range(rounds):
         more_available(driver, size)
         driver.kick(0)
+        indices.append(word(driver, ring.used + 2))
     driver.board.steps.turn()  # behind a full round the device looks once more
 
-    assert driver.transport.core.device.served == rounds * size
-    assert word(driver, ring.used + 2) == rounds * size % 65536
+    assert indices == [(n + 1) * size % 65536 for n in range(rounds)]
     assert avail_event(driver) == rounds * size % 65536 * bool(features & F.EVENT_IDX)
     entries = struct.unpack(f"<{2 * size}I", driver.board.mem.read(ring.used + 4, 8 * size))
-    assert entries == tuple(value for head in range(size) for value in (head, 0))
+    assert entries == tuple(value for head in range(size) for value in (head, 513 * (kind == "disk")))
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

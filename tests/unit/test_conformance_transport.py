@@ -11,6 +11,7 @@ from disks import SECTORS, Connect
 from nics import FRAME, MAC, PLAIN, Rig, TapNet
 from probe import ALL, READY, Echo, Probe
 
+from kvmpy.mainboard import MainBoard
 from kvmpy.pci.msix import MESSAGES
 from kvmpy.testing import PCI_ECAM, FakeBoard, RingDriver
 from kvmpy.virtio import pci
@@ -651,8 +652,7 @@ def test_conformance_09_other_halves_are_not_accepted(probed: RingDriver, probe:
 
 
 def test_conformance_09_devices_are_found_by_bus_and_place() -> None:
-    """4.1.1: a function for each device, in the order in which they were attached. (4.2.3: see test_acpi.py for
-    virtio-mmio, tests/linux for its word on the command line.)"""
+    """4.1.1: a function for each device, in the order in which they were attached."""
     board = FakeBoard(transport="pci")
     for _ in range(3):
         Probe().attach(board)
@@ -660,3 +660,14 @@ def test_conformance_09_devices_are_found_by_bus_and_place() -> None:
     found = [board.memory_bus.read(PCI_ECAM + ((8 + n) << 12), 4) for n in range(4)]
 
     assert found == [(0x1040 + Type.BLOCK) << 16 | 0x1AF4] * 3 + [0xFFFFFFFF]
+
+
+def test_conformance_09_word_on_the_command_line() -> None:
+    """4.2.3.2: for kernels that do not find virtio-mmio by ACPI (LNRO0005, see test_acpi.py)."""
+    made = FakeBoard()
+    for _ in range(2):
+        Echo().attach(made)
+    board = MainBoard.__new__(MainBoard)
+    board.virtio_mmio = [(transport, 5 + n) for n, transport in enumerate(made.transports)]
+
+    assert board.virtio_words() == ["virtio_mmio.device=4K@0xd0000000:5", "virtio_mmio.device=4K@0xd0001000:6"]

@@ -9,6 +9,7 @@ import pytest
 
 from kvmpy.console import INPUT_LIMIT, LINGER, OUTPUT_LIMIT, TAIL, Console, ConsoleTimeout
 from kvmpy.core.events import EventLoop
+from kvmpy.testing import StepLoop
 
 SECONDS = 30.0
 
@@ -122,6 +123,20 @@ def test_text_is_bounded(console: Console, loop: EventLoop) -> None:
     assert TAIL <= len(console.text) <= 2 * TAIL
     assert console.text.endswith("xend")
     assert console.wait_for("xend", timeout=SECONDS) == "xend"
+
+
+def test_what_comes_after_a_silence_does_not_linger_and_what_follows_does() -> None:
+    loop = StepLoop()
+    console = Console(loop)
+    seen = []
+
+    for data in (b"e", b"cho"):
+        put(console, data)
+        loop.turn()
+        seen.append(console.text)
+    loop.advance(LINGER)
+
+    assert [*seen, console.text] == ["e", "e", "echo"]
 
 
 def test_end_of_a_line_does_not_linger(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:

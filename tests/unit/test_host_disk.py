@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvmpy.core.errors import ConfigError, HostError, ImageError, NotFoundError
+from kvmpy.core.log import log
 from kvmpy.host import disk
 from kvmpy.host.disk import Image, open_image, open_raw
 from kvmpy.host.overlay import CLUSTER, Overlay
@@ -71,6 +72,11 @@ def test_missing(tmp_path: Path) -> None:
         open_raw(tmp_path / "none")
 
 
+def test_missing_with_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"no such file; check the path$"):
+        open_raw(tmp_path / "none" / "disk.img")
+
+
 def test_file_taken_for_a_folder(path: Path) -> None:
     with pytest.raises(NotFoundError):
         open_raw(path / "disk.img")
@@ -103,6 +109,19 @@ def test_no_right_to_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(HostError, match="Permission denied; get the right to read it"):
         open_raw(path, read_only=True)
+
+
+def test_no_right_at_all(path: Path) -> None:
+    """Neither to read nor to write: then it is no use to open it only for reading."""
+    path.chmod(0)
+    script = "import os, sys; from kvmpy.host import disk; import pathlib; os.geteuid() or os.setuid(65534)\n"
+    script += "try: disk.open_raw(pathlib.Path(sys.argv[1]))\nexcept Exception as error: print(error)"
+    for folder in [path.parent, *path.parents[1:3]]:
+        folder.chmod(0o755)
+
+    said = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True).stdout
+
+    assert said == f"disk image {path}: Permission denied; get the right to read it\n"
 
 
 def test_no_path() -> None:
@@ -139,6 +158,21 @@ def test_errors_leave_nothing_open(tmp_path: Path) -> None:
 def test_backing_file_of_a_raw_image(path: Path) -> None:
     with pytest.raises(ConfigError, match="has no backing file"):
         open_image(path, **OPTIONS | {"backing": True})
+
+
+@pytest.mark.parametrize("mode", [{}, {"read_only": True}, {"snapshot": True}, {"cache": "unsafe"}])
+def test_raw_image_that_may_be_qcow2(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(log, "_logger", None)
+    path.write_bytes(b"QFI\xfb" + path.read_bytes()[4:])
+
+    image = open_image(path, **OPTIONS | mode)
+    content = read(image, 0, 512)
+    image.close()
+
+    assert content[:4] == b"QFI\xfb"  # the guest writes it: nothing changes but what is said
+    assert "disk.img begins like a qcow2 image, and is used as raw; add format=qcow2" in capsys.readouterr().err
 
 
 def test_direct_qcow2(path: Path) -> None:
@@ -190,7 +224,9 @@ def test_another_process_is_named_and_its_lock_ends_with_it(path: Path) -> None:
         assert holder.stdout is not None
         holder.stdout.readline()
 
-        with pytest.raises(HostError, match=rf"in use by process {holder.pid}; end that first, or use a copy"):
+        with pytest.raises(
+            HostError, match=rf"in use by process {holder.pid} \(python.*\); end that first, or use a copy"
+        ):
             open_raw(path)
         holder.kill()
 
@@ -369,6 +405,14 @@ def loop(path: Path) -> Iterator[Path]:
         pytest.skip(f"no loop device: {found.stderr.strip()}")
     yield Path(found.stdout.strip())
     subprocess.run(["losetup", "--detach", found.stdout.strip()], check=True)
+
+
+def test_block_device_without_a_medium(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "loop0").touch()
+    monkeypatch.setattr(Path, "is_block_device", lambda path: True)
+
+    with pytest.raises(ImageError, match="loop0 is empty; attach something to it"):
+        open_raw(tmp_path / "loop0")
 
 
 def test_block_device(loop: Path, path: Path, content: bytes) -> None:

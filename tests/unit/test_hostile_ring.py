@@ -462,18 +462,38 @@ def test_hostile_15_write_means_nothing_beside_indirect(driver: RingDriver) -> N
     [
         ("QueueNum", 0), ("QueueNum", 1), ("QueueNum", 0xFFFF), ("QueueDescLow", 0x12340), ("QueueDescHigh", 1),
         ("QueueDriverLow", 0x12340), ("QueueDriverHigh", 0xFFFFFFFF), ("QueueDeviceLow", 0), ("QueueDeviceHigh", 1),
-        ("QueueReady", 1),
     ],
 )  # fmt: skip
 def test_hostile_16_queue_changes_while_the_driver_is_up(driver: RingDriver, register: str, value: int) -> None:
+    """Ignored, and logged (how often, is limited by the log: see test_log.py)."""
     before = driver.transport.core.state()
     driver.set("QueueSel", 0)
 
     driver.set(register, value)
 
     assert driver.transport.core.state() == before
+    assert driver.board.logs == [("a queue is set up too late", {"device": "Echo", "queue": 0})]
     for _ in range(20):
         assert driver.request(0, [b"hello"], [5]) == b"hello"
+
+
+@pytest.mark.parametrize("value", [1, 2, 0xFFFF])
+def test_hostile_16_queue_is_enabled_while_the_driver_is_up(driver: RingDriver, device: Echo, value: int) -> None:
+    """One that is enabled already, and one that was left out."""
+    driver.prepare(ALL)
+    driver.set("QueueSel", 1)
+    driver.set("QueueReady", 0)
+    driver.go()
+
+    driver.set("QueueReady", value)
+    driver.publish(1, 0)
+    driver.kick(1)
+
+    assert (driver.get("QueueReady"), device.served) == (0, 0)
+    assert driver.request(0, [b"hello"], [5]) == b"hello"
+    driver.set("QueueSel", 0)
+    driver.set("QueueReady", 1)
+    assert driver.request(0, [b"hello"], [5]) == b"hello"
 
 
 @pytest.mark.parametrize("size", [0, 3, 7, 9, 512, 0x8000, 0xFFFF, 0xFFFFFFFF])
@@ -582,84 +602,101 @@ def test_hostile_19_ring_as_an_indirect_table(victim: RingDriver) -> None:
     assert_refused(victim)
 
 
-# 20: another CPU changes memory while the device works. Each value is read once if the answer changes once: up to the
-# moment of the reading it is the one to the new value, from there on the one to the old.
+# 20: another CPU changes memory while the device works, at each moment. What is read once has two answers: up to the
+# moment of the reading that to the new value, from there on that to the old one, and never one to a mixture.
 
 GOOD = (0x700, 4, NEXT, 1)
-FLIPS: dict[str, tuple[int, Descriptor]] = {
-    "address": (0, (1 << 40, 4, NEXT, 1)),
-    "address that wraps round": (0, (2**64 - 2, 4, NEXT, 1)),
-    "length": (0, (0x700, 0xFFFFFFFF, NEXT, 1)),
-    "next": (0, (0x700, 4, NEXT, 0xFFFF)),
-    "loop": (0, (0x700, 4, NEXT, 0)),
-    "indirect of no size": (0, (0x700, 4, INDIRECT, 1)),
-    "second address": (1, (1 << 40, 4, WRITE, 0)),
-    "second length": (1, (0x600, 0xFFFFFFFF, WRITE, 0)),
+Answer = tuple[bool, list[tuple[int, int]], bytes]  # whether it needs a reset, the used ring, what was written
+REFUSED: Answer = (True, [], bytes(4))
+SERVED: Answer = (False, [(0, 4)], b"good")
+EMPTY: Answer = (False, [(0, 0)], bytes(4))  # a request without room
+SHORT: Answer = (False, [(0, 2)], b"ev\0\0")
+FLIPS: dict[str, tuple[int, Descriptor, Answer]] = {
+    "address": (0, (1 << 40, 4, NEXT, 1), REFUSED),
+    "address that wraps round": (0, (2**64 - 2, 4, NEXT, 1), REFUSED),
+    "length": (0, (0x700, 0xFFFFFFFF, NEXT, 1), REFUSED),
+    "address and length": (0, (0x680, 2, NEXT, 1), SHORT),
+    "next": (0, (0x700, 4, NEXT, 0xFFFF), REFUSED),
+    "flags and next": (0, (0x700, 4, 0, 0xFFFF), EMPTY),
+    "loop": (0, (0x700, 4, NEXT, 0), REFUSED),
+    "indirect of no size": (0, (0x700, 4, INDIRECT, 1), REFUSED),
+    "second address": (1, (1 << 40, 4, WRITE, 0), REFUSED),
+    "second length": (1, (0x600, 0xFFFFFFFF, WRITE, 0), REFUSED),
+    "second flags and length": (1, (0x680, 2, 0, 0), EMPTY),
 }
 
 
-@pytest.mark.parametrize(("number", "entry"), FLIPS.values(), ids=FLIPS)
-def test_hostile_20_descriptor_is_read_once(driver: RingDriver, number: int, entry: Descriptor) -> None:
-    answers = []
-    moments = every_moment(
-        lambda: ready(driver),
-        lambda: driver.set("QueueNotify", 0) or driver.board.steps.turn(),
-        lambda: driver.descriptor(driver.queues[0].desc, number, *entry),
-        "virtio/queue.py",
-    )
-
-    for _ in moments:
-        answers.append((driver.needs_reset, driver.used(0), driver.board.mem.read(0x600, 4)))
-
-    refused, served = (True, [], bytes(4)), (False, [(0, 4)], b"good")
-    assert turns(answers) == [refused, served]
-
-
 def ready(driver: RingDriver, *table: Descriptor) -> None:
-    """A driver whose next kick is for four bytes and room for four."""
+    """A driver whose next kick is for four bytes and room for four, in an indirect `table` if there is one."""
     driver.start(ALL)
     driver.board.mem.write(0x700, b"good")
+    driver.board.mem.write(0x680, b"evil")
     driver.board.mem.write(0x600, bytes(4))
     first = (TABLE, 32, INDIRECT, 0) if table else GOOD
     for n, entry in enumerate((first, (0x600, 4, WRITE, 0))):
         driver.descriptor(driver.queues[0].desc, n, *entry)
     for n, entry in enumerate(table):
         driver.descriptor(TABLE, n, *entry)
+    driver.descriptor(OTHER_TABLE, 0, 0x680, 2, 0, 0)
     driver.publish(0, 0)
 
 
-@pytest.mark.parametrize(
-    ("address", "entry"),
-    [
-        (None, (TABLE, 24, INDIRECT, 0)),
-        (None, (TABLE, 16 << 16, INDIRECT, 0)),
-        (None, (1 << 40, 32, INDIRECT, 0)),
-        (None, (TABLE, 32, INDIRECT | NEXT, 0)),
-        (TABLE, (1 << 40, 4, NEXT, 1)),
-        (TABLE, (0x700, 4, NEXT, 0)),
-        (TABLE, (TABLE, 16, INDIRECT, 0)),
-    ],
-)
-def test_hostile_20_indirect_table_is_read_once(driver: RingDriver, address: int | None, entry: Descriptor) -> None:
-    answers = []
+def answer(driver: RingDriver) -> Answer:
+    return driver.needs_reset, driver.used(0), driver.board.mem.read(0x600, 4)
+
+
+@pytest.mark.parametrize(("number", "entry", "new"), FLIPS.values(), ids=FLIPS)
+def test_hostile_20_descriptor_is_read_once(driver: RingDriver, number: int, entry: Descriptor, new: Answer) -> None:
     moments = every_moment(
-        lambda: ready(driver, GOOD, (0x600, 4, WRITE, 0)),
-        lambda: driver.set("QueueNotify", 0) or driver.board.steps.turn(),
-        lambda: driver.descriptor(driver.queues[0].desc if address is None else address, 0, *entry),
+        lambda: ready(driver),
+        lambda: driver.kick(0),
+        lambda: driver.descriptor(driver.queues[0].desc, number, *entry),
         "virtio/queue.py",
     )
 
-    for _ in moments:
-        answers.append((driver.needs_reset, driver.used(0)))
+    answers = [answer(driver) for _ in moments]
 
-    assert turns(answers) == [(True, []), (False, [(0, 4)])]
+    assert turns(answers) == [new, SERVED]
+
+
+OTHER_TABLE = TABLE + 0x40
+INDIRECT_FLIPS: dict[str, tuple[bool, Descriptor, Answer]] = {
+    "half an entry": (False, (TABLE, 24, INDIRECT, 0), REFUSED),
+    "too long": (False, (TABLE, 16 << 16, INDIRECT, 0), REFUSED),
+    "too short": (False, (TABLE, 16, INDIRECT, 0), REFUSED),
+    "outside RAM": (False, (1 << 40, 32, INDIRECT, 0), REFUSED),
+    "and next": (False, (TABLE, 32, INDIRECT | NEXT, 0), REFUSED),
+    "address and length": (False, (OTHER_TABLE, 16, INDIRECT, 0), EMPTY),
+    "no table": (False, (0x680, 2, 0, 0xFFFF), EMPTY),
+    "address in it": (True, (1 << 40, 4, NEXT, 1), REFUSED),
+    "loop in it": (True, (0x700, 4, NEXT, 0), REFUSED),
+    "table in it": (True, (TABLE, 16, INDIRECT, 0), REFUSED),
+    "address and length in it": (True, (0x680, 2, NEXT, 1), SHORT),
+    "flags and next in it": (True, (0x700, 4, 0, 0xFFFF), EMPTY),
+}
+
+
+@pytest.mark.parametrize(("inside", "entry", "new"), INDIRECT_FLIPS.values(), ids=INDIRECT_FLIPS)
+def test_hostile_20_indirect_table_is_read_once(
+    driver: RingDriver, inside: bool, entry: Descriptor, new: Answer
+) -> None:
+    moments = every_moment(
+        lambda: ready(driver, GOOD, (0x600, 4, WRITE, 0)),
+        lambda: driver.kick(0),
+        lambda: driver.descriptor(TABLE if inside else driver.queues[0].desc, 0, *entry),
+        "virtio/queue.py",
+    )
+
+    answers = [answer(driver) for _ in moments]
+
+    assert turns(answers) == [new, SERVED]
 
 
 def test_hostile_20_available_index_changes_while_it_is_read(driver: RingDriver) -> None:
     """It may be read more than once, since the device has to look again; no reading trusts an earlier one."""
     moments = every_moment(
         lambda: ready(driver),
-        lambda: driver.set("QueueNotify", 0) or driver.board.steps.turn(),
+        lambda: driver.kick(0),
         lambda: avail_index(driver, 0x8000),
         "virtio/queue.py",
     )
@@ -796,7 +833,15 @@ def test_hostile_21_each_device_gives_nothing_back(each_device: VirtioDevice) ->
 
 
 # Queues in which a device takes a chain of one byte that it may only read.
-WORKING = {Type.BLOCK: (0, 1), Type.NET: (0, 1), Type.ENTROPY: (0,), Type.BALLOON: (0, 1, 3, 4), Type.CONSOLE: (1, 3)}
+WORKING = {
+    Type.BLOCK: (0, 1),
+    Type.NET: (0, 1),
+    Type.ENTROPY: (0,),
+    Type.BALLOON: (0, 1, 3, 4),
+    Type.CONSOLE: (1, 3),
+    Type.VSOCK: (1,),
+    Type.FS: (0, 1),
+}
 
 
 def test_hostile_22_every_head_comes_back(each_device: VirtioDevice) -> None:
@@ -819,7 +864,7 @@ def test_hostile_22_every_head_comes_back(each_device: VirtioDevice) -> None:
         tracemalloc.stop()
 
         assert not driver.needs_reset
-        assert kept[-1] < kept[1] + 4096
+        assert kept[-1] < kept[1] + 4096 + 32 * size  # Python keeps some small tuples; eight rounds would show
 
 
 class Mine:

@@ -13,7 +13,7 @@ from kvmpy.virtio import pci
 from kvmpy.virtio.device import VirtioDevice
 from kvmpy.virtio.mmio import SIZE, VirtioMmio
 from kvmpy.virtio.rng import Rng
-from kvmpy.virtio.spec import INTERRUPT, STATUS, F
+from kvmpy.virtio.spec import INTERRUPT, STATUS, F, Type
 
 ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK, FAILED = (
     STATUS.ACKNOWLEDGE, STATUS.DRIVER, STATUS.FEATURES_OK, STATUS.DRIVER_OK, STATUS.FAILED,
@@ -62,6 +62,23 @@ def test_hostile_39_configuration_space_is_read_only(board: FakeBoard, offset: i
 
     assert driver.config(0, 8) == 0x0807060504030201
     assert driver.config(8, 8) == 0x0C0B0A09
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_hostile_39_configuration_of_each_device(each_device: VirtioDevice, running: bool) -> None:
+    """A capacity, a MAC address, a size; only what a balloon holds is its driver's to say."""
+    driver = RingDriver(each_device.board)
+    if running:
+        driver.start(F.VERSION_1 | each_device.features)
+    own = range(4, 8) if each_device.type_id == Type.BALLOON else ()
+    before = [driver.config(at, 1) for at in range(0x100)]
+
+    for at in (*range(64), 0xEF8, 0xEFF):
+        for size in (1, 2, 4, 8):
+            driver.write_config(at, size, 2 ** (8 * size) - 1)
+
+    after = [driver.config(at, 1) for at in range(0x100)]
+    assert [at for at in range(0x100) if after[at] != before[at] and at not in own] == []
 
 
 # 61: accesses that hit no register.

@@ -395,7 +395,7 @@ def test_the_command_line_makes_an_image(tmp_path: Path) -> None:
     out = tmp_path / "out.img"
     words = ["initrd", "-o", str(out), "--file", f"{tmp_path}/f:/data/f", "--busybox", "none", "--compress", "gzip"]
 
-    status = cli.run([*words, "--exec", f"{tmp_path}/job"])
+    status = cli.main([*words, "--exec", f"{tmp_path}/job"])
 
     assert status == 0
     assert contents(gzip.decompress(out.read_bytes()), "data/f") == b"text"
@@ -423,7 +423,7 @@ def test_mistakes_on_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    assert cli.run(["initrd", "--busybox", "none", *words]) == status
+    assert cli.main(["initrd", "--busybox", "none", *words]) == status
 
     error = capsys.readouterr().err
     assert message in error
@@ -471,3 +471,10 @@ def test_a_file_is_a_script_when_it_is_text(tmp_path: Path, content: bytes, mean
 @pytest.mark.parametrize("text", ["uname -a", "x" * 5000, "a\0b", ""])
 def test_what_is_no_file_is_a_command(text: str) -> None:
     assert initramfs.read_command(text) == text
+
+
+def test_volumes() -> None:
+    found = entries(initramfs.build(busybox=None, volumes=[("volume0", "/mnt/src", True), ("t", "/out", False)]))
+
+    assert bytes(found["etc/kvmpy/volumes"].data) == b"volume0\0/mnt/src\0ro\0t\0/out\0rw\0"
+    assert "etc/kvmpy/volumes" not in entries(initramfs.build(busybox=None))

@@ -9,6 +9,8 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -25,11 +27,17 @@ SECONDS = 20.0
 
 
 def seen(*words: str, columns: int = 80, **environment: str) -> str:
-    """What comes out at the terminal behind standard error."""
+    """What SCRIPT with these arguments writes to the terminal behind its standard error."""
+    status, text = on_terminal([sys.executable, "-c", SCRIPT, *words], columns, environment)
+    assert status == 0
+    return text
+
+
+def on_terminal(command: Sequence[str | Path], columns: int, environment: dict[str, str]) -> tuple[int, str]:
+    """Status and error output of a command whose standard error is a terminal."""
     screen, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     plain = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR", "TERM")}
-    command = [sys.executable, "-c", SCRIPT, *words]
     with subprocess.Popen(command, stderr=terminal, env=plain | environment) as process:
         os.close(terminal)
         output = b""
@@ -39,8 +47,7 @@ def seen(*words: str, columns: int = 80, **environment: str) -> str:
             except OSError:  # the last one has closed the terminal
                 break
     os.close(screen)
-    assert process.returncode == 0
-    return output.decode()
+    return process.returncode, output.decode()
 
 
 def test_long_work_is_told_and_then_gone() -> None:
@@ -71,3 +78,30 @@ def test_no_terminal() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, "0.8", "show"], capture_output=True, timeout=SECONDS)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+# scripts/lib/progress, the same for shell scripts.
+
+WRAPPER = Path(__file__).parents[2] / "scripts" / "lib" / "progress"
+
+
+def test_a_command_of_a_script() -> None:
+    status, text = on_terminal([WRAPPER, "fetching", "sh", "-c", "sleep 0.9; exit 3"], 80, {})
+
+    assert status == 3
+    assert text in ("\r\x1b[Kfetching (0 s)\r\x1b[K", "\r\x1b[Kfetching (1 s)\r\x1b[K")
+
+
+def test_a_short_command_of_a_script() -> None:
+    assert on_terminal([WRAPPER, "fetching", "true"], 80, {}) == (0, "\r\x1b[K")
+
+
+@pytest.mark.parametrize("environment", [{"CI": "true"}, {"NO_COLOR": ""}])
+def test_a_command_of_a_script_that_nobody_watches(environment: dict[str, str]) -> None:
+    assert on_terminal([WRAPPER, "fetching", "sleep", "0.7"], 80, environment) == (0, "")
+
+
+def test_a_command_of_a_script_without_a_terminal() -> None:
+    done = subprocess.run([WRAPPER, "fetching", "echo", "out"], capture_output=True, text=True, timeout=SECONDS)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "")

@@ -12,7 +12,6 @@ from balloons import (
     DEFLATE,
     INFLATE,
     MEMFREE,
-    MEMTOT,
     PAGE,
     RAM,
     REPORTING,
@@ -27,7 +26,6 @@ from balloons import (
 from kvmpy.core.errors import ConfigError, HostError
 from kvmpy.core.memory import GuestMemory
 from kvmpy.testing import FakeBoard, RingDriver
-from kvmpy.virtio import balloon
 from kvmpy.virtio.balloon import BALLOON_F, Balloon, runs
 from kvmpy.virtio.spec import INTERRUPT, F
 
@@ -89,15 +87,6 @@ def test_period_that_cannot_be() -> None:
         Balloon(stats=-1)
 
 
-def test_inflating_discards_the_pages(driver: RingDriver) -> None:
-    fill(driver, 512, 8)
-
-    answer = driver.request(INFLATE, [pages(515, 514, 518)])
-
-    assert answer == b""
-    assert zeros(driver, 512, 8) == [514, 515, 518]
-
-
 def test_list_in_pieces(driver: RingDriver) -> None:
     fill(driver, 512, 3)
     data = pages(512, 514)
@@ -127,157 +116,10 @@ def write_actual(driver: RingDriver, pages: int) -> None:
     driver.write_config(4, 4, pages)
 
 
-def test_actual_is_at_most_what_there_is(driver: RingDriver, device: Balloon) -> None:
-    write_actual(driver, 0xFFFFFFFF)
-
-    assert device.actual == RAM
-
-
-@pytest.mark.parametrize(("offset", "size"), [(0, 4), (3, 2), (2, 4), (8, 4), (6, 4), (0xEFC, 4)])
-def test_driver_writes_nothing_but_actual(driver: RingDriver, device: Balloon, offset: int, size: int) -> None:
-    device.target(1 << 20)
-
-    driver.write_config(offset, size, (1 << 8 * size) - 1)
-
-    assert (driver.config(0, 4), device.actual) == (256, 0)
-
-
 # What a hostile guest may try (HOSTILE.md, 54 and 55).
 
 
-@pytest.mark.parametrize(
-    "listed",
-    [
-        pages(RAM // PAGE),
-        pages(0xFFFFFFFF, 0xFFFFFFFE),
-        pages(0xD0000),  # the registers of a device
-        b"",
-        b"\0\2",
-        pages(*range(RAM // PAGE, RAM // PAGE + 2000)),
-    ],
-    ids=["behind RAM", "the last ones", "registers", "nothing", "half a number", "many"],
-)
-def test_pages_that_are_not_ram(driver: RingDriver, listed: bytes) -> None:
-    fill(driver, 512, 1)
-
-    answer = driver.request(INFLATE, [listed])
-
-    assert (answer, driver.needs_reset, zeros(driver, 512, 1)) == (b"", False, [])
-
-
-def test_last_page_and_the_one_behind(driver: RingDriver) -> None:
-    last = RAM // PAGE - 1
-    fill(driver, last, 1)
-
-    driver.request(INFLATE, [pages(last + 1, last, 0, last, last)])
-
-    assert zeros(driver, last, 1) == [last]
-    assert not driver.needs_reset
-
-
-def test_half_a_number_at_the_end(driver: RingDriver) -> None:
-    fill(driver, 512, 2)
-
-    driver.request(INFLATE, [pages(512, 513)[:7]])
-
-    assert zeros(driver, 512, 2) == [512]
-
-
-def test_list_longer_than_any(driver: RingDriver) -> None:
-    """All of RAM as a list of page numbers counts for a part."""
-    head = driver.submit(INFLATE, [pages(600)])
-    driver.descriptor(driver.queues[INFLATE].desc, 0, 0, RAM, 0, 0)
-    fill(driver, 600, 1)
-
-    driver.kick(INFLATE)
-
-    assert (driver.used(INFLATE), zeros(driver, 600, 1)) == ([(head, 0)], [])
-
-
-def test_queue_in_the_balloon(driver: RingDriver) -> None:
-    """The device reads zeros where its rings were, and needs a reset; after that it works."""
-    driver.submit(INFLATE, [pages(*range(16, 32))])
-    driver.kick(INFLATE)
-    failed = driver.needs_reset
-
-    begin(driver, ALL, [INFLATE])
-
-    assert failed
-    assert driver.request(INFLATE, [pages(700)]) == b""
-
-
-def test_one_turn_is_bounded(driver: RingDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(balloon, "MAX_RANGES", 3)
-    for _ in range(3):
-        driver.submit(INFLATE, [pages(512, 514)])
-
-    driver.kick(INFLATE)
-    first = driver.used(INFLATE)
-    driver.board.steps.turn()
-
-    assert (len(first), len(driver.used(INFLATE))) == (2, 1)
-
-
 # Statistics.
-
-
-def test_statistics(driver: RingDriver, device: Balloon) -> None:
-    data = stats((MEMTOT, RAM), (0xFFFF, 7), (10, 8), (MEMFREE, 1 << 63))
-    driver.submit(STATS, [data[:15], data[15:]])
-
-    driver.kick(STATS)
-
-    assert device.stats == {"MEMTOT": RAM, "MEMFREE": 1 << 63}
-    assert driver.used(STATS) == []  # kept until new ones are wanted
-
-
-def test_statistics_are_asked_for_again(driver: RingDriver, device: Balloon) -> None:
-    first = driver.submit(STATS, [stats((MEMFREE, 1))])
-    driver.kick(STATS)
-    driver.board.steps.advance(9)
-    early = driver.used(STATS)
-    driver.board.steps.advance(2)
-    back, told = driver.used(STATS), driver.interrupts()
-    driver.submit(STATS, [stats((MEMTOT, 2))])
-    driver.kick(STATS)
-    driver.board.steps.advance(10)
-
-    assert (early, back, told) == ([], [(first, 0)], INTERRUPT.USED_BUFFER)
-    assert device.stats == {"MEMTOT": 2}
-    assert len(driver.used(STATS)) == 1
-
-
-def test_no_statistics_without_a_driver(device: Balloon, board: FakeBoard) -> None:
-    board.steps.advance(25)
-
-    assert device.stats == {}
-
-
-@pytest.mark.parametrize("data", [b"", b"\5", stats((MEMTOT, 1))[:9], stats((99, 1)), bytes(9)])
-def test_statistics_that_are_none(driver: RingDriver, device: Balloon, data: bytes) -> None:
-    driver.submit(STATS, [data])
-
-    driver.kick(STATS)
-
-    assert (device.stats, driver.needs_reset) == ({}, False)
-
-
-def test_statistics_longer_than_any(driver: RingDriver, device: Balloon) -> None:
-    driver.submit(STATS, [stats((MEMFREE, 1)) * balloon.MAX_STATS + stats((MEMTOT, 1))])
-
-    driver.kick(STATS)
-
-    assert device.stats == {"MEMFREE": 1}
-
-
-def test_second_buffer_for_statistics_comes_back(driver: RingDriver, device: Balloon) -> None:
-    driver.submit(STATS, [stats((MEMFREE, 1))])
-    second = driver.submit(STATS, [stats((MEMFREE, 2))])
-
-    driver.kick(STATS)
-
-    assert driver.used(STATS) == [(second, 0)]
-    assert device.stats == {"MEMFREE": 1}
 
 
 # Free page reporting, and which queue it has.
@@ -329,14 +171,6 @@ def test_number_of_the_reporting_queue(driver: RingDriver, features: int, queues
     driver.kick(index)
 
     assert zeros(driver, 512, 1) == [512]
-
-
-def test_queue_that_no_feature_needs(driver: RingDriver, device: Balloon) -> None:
-    begin(driver, F.VERSION_1, [0, 1, 2])
-
-    driver.request(2, [stats((MEMFREE, 1))])
-
-    assert device.stats == {}
 
 
 # State.

@@ -288,18 +288,6 @@ def test_bytes_per_second(connect: Connect) -> None:
     assert max(served) == 1
 
 
-def test_throttled_queue_does_nothing_meanwhile(connect: Connect) -> None:
-    disk = connect(iops=1)
-    for n in range(4):
-        disk.submit(T.IN, n, room=[512])
-    disk.driver.kick(0)
-
-    turns = [len(disk.board.steps._queue) for _ in range(3) if disk.board.steps.turn() is None]
-
-    assert turns == [0, 0, 0]
-    assert len(disk.board.steps._due) == 1
-
-
 def test_no_queue_starves_under_a_limit(connect: Connect) -> None:
     disk = connect(FEATURES | BLK_F.MQ, queues=2, iops=10)
     for queue in (0, 1):

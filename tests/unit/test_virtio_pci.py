@@ -357,6 +357,7 @@ def test_masked_queue_interrupts_when_it_is_unmasked(driver: RingDriver) -> None
 def test_vectors_and_isr_status_do_not_wait_for_the_device(driver: RingDriver, device: Probe) -> None:
     driver.start()
     device.lock = turnstile = Turnstile()
+    driver.board.memory_bus.slots.clear()
 
     driver.get("InterruptStatus", 1)
     write(driver, pci.TABLE + msix.ENTRY.size + 12, 4, 1)

@@ -96,6 +96,22 @@ def test_both_directions(board: FakeBoard, driver: RingDriver, client: socket.so
     assert driver.data(RX, head)[:size] == b"from the host"
 
 
+def test_a_port_that_nobody_in_the_guest_has_open(board: FakeBoard, driver: RingDriver, client: socket.socket) -> None:
+    """Linux would throw away what comes then."""
+    driver.submit(RX, writable=[64])
+    driver.request(CONTROL_TX, [struct.pack("<IHH", 1, PORT_OPEN, 0)])
+
+    client.sendall(b"wait")
+    ready(board, READ)
+    before = driver.used(RX)
+    driver.request(CONTROL_TX, [struct.pack("<IHH", 1, PORT_OPEN, 1)])
+    board.steps.turn()
+
+    ((head, size),) = driver.used(RX)
+    assert before == []
+    assert driver.data(RX, head)[:size] == b"wait"
+
+
 def test_a_guest_that_does_not_read(board: FakeBoard, driver: RingDriver, client: socket.socket) -> None:
     """Then the client's bytes stay with the client, and none is lost."""
     data = bytes(range(256)) * (INPUT_LIMIT // 128)

@@ -22,12 +22,3 @@ def test_fills_what_it_is_given(driver: RingDriver) -> None:
 
     assert len(first) == len(second) == 32
     assert first != second
-
-
-def test_writes_nothing_where_it_may_only_read(driver: RingDriver) -> None:
-    assert driver.request(0, readable=[b"text"]) == b""
-    assert not driver.needs_reset
-
-
-def test_answers_a_huge_request_in_part(driver: RingDriver) -> None:
-    assert len(driver.request(0, writable=[rng.MAX_REQUEST + 1])) == rng.MAX_REQUEST

@@ -43,6 +43,7 @@ def turnstile(driver: RingDriver, device: Probe) -> Turnstile:
     """The device's lock, once the driver is up."""
     driver.start()
     device.lock = turnstile = Turnstile()
+    driver.board.memory_bus.slots.clear()
     return turnstile
 
 

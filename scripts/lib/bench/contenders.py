@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "scripts/lib/bench/build"
 MIB = 1 << 20
+LINKED, ENTRY64 = 0x100000, 0x10FFE0  # guests/bench/bench.ld
+LINUX = "console=ttyS0,115200 quiet panic=-1 reboot=k pci=off no_timer_check 8250.nr_uarts=1 random.trust_cpu=on"
 TRANSPORTS = 8  # of microvm without ACPI
 
 
@@ -28,6 +32,7 @@ class Job:
     nets: tuple[Path, ...] = ()  # UNIX sockets on which somebody listens: frames behind their length
     taps: tuple[str, ...] = ()  # interfaces
     qmp: Path | None = None  # where QEMU is to listen for commands
+    memfd: bool = False  # the guest's RAM is to be one, which the harness looks into
 
     def with_image(self, image: Path) -> Job:
         return replace(self, image=image)
@@ -35,17 +40,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Contender:
-    """A monitor; `device` and `pin` are those of its first virtio-mmio device, of which each has `stride` bytes."""
+    """A monitor; `device` and `pin` are those of its first virtio-mmio device."""
 
     name: str
     device: int = 0
-    stride: int = 0
     pin: int = 5
     exit_port: int = 0xF4
     environment: dict[str, str] = field(default_factory=dict)
 
     def command(self, job: Job) -> list[str]:
         raise NotImplementedError
+
+    def linux(self, kernel: Path, initrd: Path, mem: int) -> list[str]:
+        """The command that boots Linux with its console on standard output; [] if it cannot."""
+        return []
 
     @property
     def env(self) -> dict[str, str]:
@@ -68,6 +76,10 @@ class Kvmpy(Contender):
         words += [f"--net=tap={name}" for name in job.taps]
         return [str(BUILD / "venv/bin/kvmpy"), *words]
 
+    def linux(self, kernel: Path, initrd: Path, mem: int) -> list[str]:
+        words = f"boot {kernel} --initrd {initrd} --mem {mem}M --serial stdio".split()
+        return [str(BUILD / "venv/bin/kvmpy"), *words, "--cmdline", LINUX]
+
 
 @dataclass(frozen=True)
 class Qemu(Contender):
@@ -79,6 +91,7 @@ class Qemu(Contender):
     def command(self, job: Job) -> list[str]:
         more = job.console + len(job.disks) + len(job.nets) > TRANSPORTS
         machine = "microvm,rtc=off," + ("acpi=on,ioapic2=on" if more else "acpi=off")
+        machine += f",memory-backend=ram -object memory-backend-memfd,id=ram,size={job.mem}M" if job.memfd else ""
         words = f"{self.binary} -accel kvm -M {machine} -m {job.mem} -smp {job.cpus}".split()
         words += "-nodefaults -no-user-config -display none -no-reboot -global virtio-mmio.force-legacy=false".split()
         words += f"-device isa-debug-exit,iobase={self.exit_port:#x},iosize=1 -bios {job.image}".split()
@@ -98,6 +111,10 @@ class Qemu(Contender):
             words += ["-device", f"{first},bus=virtio-mmio-bus.{number}"]
             words += [word for other in others for word in ("-device", other)]
         return words
+
+    def linux(self, kernel: Path, initrd: Path, mem: int) -> list[str]:
+        words = f"{self.binary} -accel kvm -M microvm,rtc=off -m {mem} -nodefaults -no-user-config -display none"
+        return [*words.split(), *f"-serial stdio -kernel {kernel} -initrd {initrd} -append".split(), LINUX]
 
 
 class BareLoop(Contender):
@@ -121,6 +138,41 @@ class Kvmtool(Contender):
     def lacks(self, job: Job) -> bool:
         return bool(job.nets or job.taps)
 
+    def linux(self, kernel: Path, initrd: Path, mem: int) -> list[str]:
+        words = f"lkvm run --kernel {kernel} --initrd {initrd} --mem {mem} --cpus 1 --console serial".split()
+        return [*words, "--params", LINUX]
+
+
+class Firecracker(Contender):
+    """Firecracker; untested, as no machine of ours had it. It takes the image as an ELF kernel, and has no sockets."""
+
+    def command(self, job: Job) -> list[str]:
+        kernel, config = job.image.with_suffix(".elf"), job.image.with_suffix(".json")
+        kernel.write_bytes(elf(job.image.read_bytes()))
+        drives = [
+            {"drive_id": f"d{n}", "path_on_host": str(disk), "is_root_device": False, "is_read_only": False}
+            for n, disk in enumerate(job.disks)
+        ]
+        networks = [{"iface_id": f"n{n}", "host_dev_name": name} for n, name in enumerate(job.taps)]
+        machine = {"vcpu_count": job.cpus, "mem_size_mib": job.mem}
+        boot = {"kernel_image_path": str(kernel), "boot_args": ""}
+        parts = {"boot-source": boot, "drives": drives, "machine-config": machine, "network-interfaces": networks}
+        config.write_text(json.dumps(parts))
+        return ["firecracker", "--no-api", "--config-file", str(config)]
+
+    def lacks(self, job: Job) -> bool:
+        return job.console or bool(job.nets)
+
+
+def elf(image: bytes) -> bytes:
+    """The image of a guest in C as an ELF file with one segment (System V ABI, ELF header and program header)."""
+    start = 4096
+    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")  # 64 bits, little-endian
+    executable, x86_64, load, all_rights = 2, 62, 1, 7
+    head = struct.pack("<16sHHIQQQIHHHHHH", ident, executable, x86_64, 1, ENTRY64, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    segment = struct.pack("<IIQQQQQQ", load, all_rights, start, LINKED, LINKED, len(image), len(image), start)
+    return (head + segment).ljust(start, b"\0") + image
+
 
 def disk_image(folder: Path, size: int = MIB, name: str = "disk.img") -> Path:
     """A disk without holes, whose bytes are in the page cache and on the disk of the host."""
@@ -142,10 +194,13 @@ def build() -> None:
         ("net_peer", "net_peer.c", []),
         ("first_run.so", "first_run.c", ["-shared", "-fPIC"]),
     ):
+        made, code = BUILD / target, BUILD.parent / source
+        if made.exists() and made.stat().st_mtime > code.stat().st_mtime:
+            continue
         fresh = BUILD / f"{target}.{os.getpid()}"  # whole files appear at once
-        words = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", *options, "-o", fresh, BUILD.parent / source]
+        words = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", *options, "-o", fresh, code]
         subprocess.run(words, check=True)
-        fresh.rename(BUILD / target)
+        fresh.rename(made)
 
 
 def make_venv() -> None:
@@ -163,15 +218,16 @@ def make_venv() -> None:
     script.chmod(0o755)
 
 
-def found(aios: tuple[str, ...] = ()) -> Iterator[Contender]:
-    """All contenders that this host has; QEMU once for each of `aios`, where the row is about disks."""
-    layout = {"device": 0xD0000000, "stride": 0x1000}
-    yield BareLoop("bare C loop", **layout)
-    yield Kvmpy("kvmpy", exit_port=0x502, **layout)
-    yield Kvmpy("kvmpy pure", exit_port=0x502, environment={"KVMPY_PURE": "1"}, **layout)
+def found(aios: tuple[str, ...] = (), *, real_mode: bool = False) -> Iterator[Contender]:
+    """All contenders that this host has; QEMU once for each of `aios`, where the row is about disks; with `real_mode`,
+    those that start guests in real mode."""
+    yield BareLoop("bare C loop", device=0xD0000000)
+    yield Kvmpy("kvmpy", device=0xD0000000, exit_port=0x502)
+    yield Kvmpy("kvmpy pure", device=0xD0000000, exit_port=0x502, environment={"KVMPY_PURE": "1"})
     if binary := shutil.which("qemu-system-x86_64"):
         for aio in aios or ("threads",):
-            name = f"QEMU {aio}" if aios else "QEMU"
-            yield Qemu(name, device=0xFEB00000, stride=0x200, binary=binary, aio=aio)
+            yield Qemu(f"QEMU {aio}" if aios else "QEMU", device=0xFEB00000, binary=binary, aio=aio)
     if shutil.which("lkvm"):
-        yield Kvmtool("kvmtool", device=0xD2000000, stride=0x200)
+        yield Kvmtool("kvmtool", device=0xD2000000)
+    if shutil.which("firecracker") and not real_mode:
+        yield Firecracker("Firecracker", device=0xC0001000)

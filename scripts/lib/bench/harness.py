@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,10 @@ class Figure(NamedTuple):
 
 
 Run = Callable[[], Iterable[Figure]]  # one run of one contender
+
+
+class Failed(Exception):
+    """What a contender did instead of its part: it is left out from then on."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,23 @@ class Row:
 
     name: str
     figures: dict[tuple[str, str], dict[str, list[float]]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     def measure(self, options: Options, runs: dict[str, Run]) -> None:
         """Interleaved rounds, each begun by another contender, so that what else the machine does meets all alike."""
         names = [name for name in runs if re.search(options.only, name)]
+        if not names:
+            raise Failed(f"no contender matches; there are: {', '.join(runs)}")
         for turn in range(options.rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                for case, unit, value in runs[name]():
+                try:
+                    figures = list(runs[name]()) if name in runs else []
+                except (Failed, OSError, subprocess.SubprocessError) as error:
+                    self.failures.append(f"{self.name}: {name} {error}")
+                    del runs[name]
+                    continue
+                for case, unit, value in figures:
                     self.figures.setdefault((case, unit), {}).setdefault(name, []).append(value)
             print(f"{self.name}: round {turn + 1} of {options.rounds} done", file=sys.stderr, flush=True)
 
@@ -88,6 +101,8 @@ class Row:
         for label, other in (("bare", BARE), ("qemu", best(by_name, QEMU, unit))):
             if other in by_name and other != name and (found := ratio(values, by_name[other])):
                 record["ratios"][label] = found | {"to": other}
+        if "bare" in record["ratios"]:
+            record["over_bare"] = statistics.median(a - b for a, b in zip(values, by_name[BARE], strict=False))
         return record
 
 
@@ -116,11 +131,13 @@ def ratio(values: list[float], others: list[float]) -> dict[str, float]:
 
 # What people and programs get.
 
-WIDTHS = "{:<26} {:<12} {:<15} {:>10} {:>21} {:>19} {:>19}"
+WIDTHS = "{:<34} {:<12} {:<15} {:>10} {:>21} {:>21} {:>9} {:>19}"
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    head = WIDTHS.format("case", "unit", "contender", "median", "lowest..highest", "x bare C", "x QEMU").rstrip()
+    head = WIDTHS.format(
+        "case", "unit", "contender", "median", "lowest..highest", "x bare C", "- bare C", "x QEMU"
+    ).rstrip()
     lines, last = [], ("", "", "")
     for r in records:
         if r["row"] != last[0]:
@@ -128,10 +145,11 @@ def table(records: list[dict[str, Any]]) -> str:
         same = (r["row"], r["case"], r["unit"]) == last
         last = r["row"], r["case"], r["unit"]
         spread = f"{number(r['lowest'])}..{number(r['highest'])}"
-        ratios = [_ratio_text(r["ratios"].get(label)) for label in ("bare", "qemu")]
+        bare, qemu = (_ratio_text(r["ratios"].get(label)) for label in ("bare", "qemu"))
+        over = number(r["over_bare"]) if "over_bare" in r else ""
         case, unit = ("", "") if same else (r["case"], r["unit"])
-        lines.append(WIDTHS.format(case, unit, r["contender"], number(r["median"]), spread, *ratios).rstrip())
-    return "\n".join(lines[1:])
+        lines.append(WIDTHS.format(case, unit, r["contender"], number(r["median"]), spread, bare, over, qemu).rstrip())
+    return "\n".join(lines)
 
 
 def _ratio_text(found: dict[str, float] | None) -> str:
@@ -141,6 +159,21 @@ def _ratio_text(found: dict[str, float] | None) -> str:
 def number(value: float) -> str:
     """With three digits that count."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def come_first() -> None:
+    """On a busy host, look at the clock as soon as a guest has said that a phase is over; contenders stay as they are.
+    It takes root."""
+    with suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+
+
+def heading() -> str:
+    """One line on the host, and what a busy one means."""
+    facts = host()
+    busy = facts["load"] > (os.cpu_count() or 1) / 2
+    line = f"{facts['cpu']}, {facts['cpus']} CPUs, Linux {facts['kernel']}, load {facts['load']:.1f}"
+    return line + (": a busy host, look at CPU times" if busy else "")
 
 
 def host() -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import random
 import select
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from . import phases
 from .contenders import BUILD, MIB, Contender, Job, Kvmpy, Qemu, disk_image, found
-from .harness import Figure, Options, Run
+from .harness import Failed, Figure, Options, Run
 from .phases import Phase
 
 READ, DEPTH, SIZE = 0, 32, 4096  # guests/bench/blk.c
@@ -26,19 +28,23 @@ LOAD_SECONDS = 60.0  # the guest goes on for so long if nobody ends it
 SAMPLES = 300
 GAP = 0.005  # seconds between two samples, on average
 PATIENCE = 5.0  # seconds for one sample
+LOOK = 0.00005  # seconds between two looks into the guest's memory
+AP_KEYS = 0x8808  # guests/bench/start.S
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    job = Job(cpus=CPUS, disks=(disk_image(folder, 16 * MIB),), qmp=folder / "qmp.sock")
+    job = Job(cpus=CPUS, disks=(disk_image(folder, 16 * MIB),), qmp=folder / "qmp.sock", memfd=True)
     return {monitor.name: partial(run, monitor, job, folder, options) for monitor in found() if not monitor.lacks(job)}
 
 
 def run(contender: Contender, job: Job, folder: Path, options: Options) -> Iterator[Figure]:
     path = folder / f"{contender.name}.bin".replace(" ", "-")
     path.write_bytes(phases.image("blk", contender, [Phase(READ, DEPTH, SIZE)], LOAD_SECONDS))
-    job, count = job.with_image(path), 5 if options.smoke else SAMPLES
+    job, count = job.with_image(path), 3 if options.smoke else SAMPLES
     with running(contender, job) as process:
-        yield from figures("key to echo", keys(process, count))
+        to_guest, to_echo = keys(process, job.mem * MIB, count)
+        yield from figures("key to guest", to_guest)
+        yield from figures("key to echo", to_echo)
         if isinstance(contender, Qemu) and job.qmp:
             yield from figures("pause", stops(job.qmp, count))
     if isinstance(contender, Kvmpy):
@@ -67,7 +73,7 @@ def running(contender: Contender, job: Job) -> Iterator[subprocess.Popen[bytes]]
     try:
         assert process.stdout is not None
         if process.stdout.read(1) != b"B":
-            raise SystemExit(f"bench: {contender.name} does not start: {contender.command(job)}")
+            raise Failed(f"does not start: {contender.command(job)}")
         wait()
         process.stdout.read(1)  # the end of that line
         yield process
@@ -80,19 +86,36 @@ def wait() -> None:
     time.sleep(random.uniform(0, 2 * GAP))
 
 
-def keys(process: subprocess.Popen[bytes], count: int) -> list[float]:
-    """Seconds from a key on the console's input to its echo, which the guest makes by polling the UART."""
+def keys(process: subprocess.Popen[bytes], ram: int, count: int) -> tuple[list[float], list[float]]:
+    """Seconds from a key on the console's input until the guest has read it, by polling the UART; and to its echo."""
     assert process.stdin is not None
     assert process.stdout is not None
-    results = []
-    for _ in range(count):
-        wait()
-        begin = time.perf_counter()
-        process.stdin.write(b"k")
-        if not select.select([process.stdout], [], [], PATIENCE)[0] or process.stdout.read(1) != b"k":
-            raise SystemExit("bench: a key got no echo")
-        results.append(time.perf_counter() - begin)
-    return results
+    to_guest, to_echo = [], []
+    with guest_ram(process.pid, ram) as memory:
+        for number in range(1, count + 1):
+            wait()
+            begin = time.perf_counter()
+            process.stdin.write(b"k")
+            while struct.unpack_from("<I", memory, AP_KEYS)[0] < number:
+                time.sleep(LOOK)
+                if time.perf_counter() - begin > PATIENCE:
+                    raise Failed("did not bring a key to the guest")
+            to_guest.append(time.perf_counter() - begin)
+            if not select.select([process.stdout], [], [], PATIENCE)[0] or process.stdout.read(1) != b"k":
+                raise Failed("gave no echo of a key")
+            to_echo.append(time.perf_counter() - begin)
+    return to_guest, to_echo
+
+
+@contextmanager
+def guest_ram(pid: int, size: int) -> Iterator[mmap.mmap]:
+    """The RAM of a contender's guest, which is a memfd of `size` bytes."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if str(link.readlink()).startswith("/memfd:") and link.stat().st_size == size:
+            with link.open("r+b") as file, mmap.mmap(file.fileno(), size) as memory:
+                yield memory
+            return
+    raise Failed(f"has no memfd of {size} bytes for its guest's RAM")
 
 
 def stops(path: Path, count: int) -> list[float]:
@@ -107,7 +130,7 @@ def stops(path: Path, count: int) -> list[float]:
             link.sendall(json.dumps({"execute": name}).encode() + b"\n")
             while "return" not in (answer := json.loads(lines.readline())):  # events come in between
                 if "error" in answer:
-                    raise SystemExit(f"bench: QEMU answers {answer}")
+                    raise Failed(f"answers {answer}")
 
         command("qmp_capabilities")
         for _ in range(count):

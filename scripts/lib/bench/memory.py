@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from .contenders import MIB, ROOT, Contender, Job, disk_image, found
-from .harness import Figure, Options, Run
+from .harness import Failed, Figure, Options, Run
 from .start import image
 
 RAM = 128  # MiB
@@ -22,18 +22,21 @@ MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    return {contender.name: partial(run, contender, folder) for contender in found()}
+    return {
+        contender.name: partial(run, contender, folder, 0.0 if options.smoke else SETTLE)
+        for contender in found(real_mode=True)
+    }
 
 
-def run(contender: Contender, folder: Path) -> Iterator[Figure]:
+def run(contender: Contender, folder: Path, settle: float) -> Iterator[Figure]:
     plain = Job(image(folder, contender, 0), mem=RAM)
-    yield from figures("1 vCPU, 128 MiB", contender, plain)
+    yield from figures("1 vCPU, 128 MiB", contender, plain, settle)
     disks = tuple(disk_image(folder, name=f"{number}.img") for number in range(MANY))
     with ExitStack() as stack:
         nets = tuple(listener(stack, folder / f"{number}.sock") for number in range(MANY))
         full = Job(plain.image, mem=RAM, disks=disks, nets=nets)
         if not contender.lacks(full):
-            yield from figures("8 disks, 8 networks", contender, full)
+            yield from figures("8 disks, 8 networks", contender, full, settle)
 
 
 def listener(stack: ExitStack, path: Path) -> Path:
@@ -45,7 +48,7 @@ def listener(stack: ExitStack, path: Path) -> Path:
     return path
 
 
-def figures(case: str, contender: Contender, job: Job) -> Iterator[Figure]:
+def figures(case: str, contender: Contender, job: Job, settle: float) -> Iterator[Figure]:
     process = subprocess.Popen(
         contender.command(job),
         stdin=subprocess.PIPE,
@@ -58,8 +61,8 @@ def figures(case: str, contender: Contender, job: Job) -> Iterator[Figure]:
     try:
         if process.stdout.readline() != b"B\n":
             process.kill()
-            raise SystemExit(f"bench: {contender.name} does not start: {process.communicate()[1].decode()[-500:]}")
-        time.sleep(SETTLE)
+            raise Failed(f"does not start: {process.communicate()[1].decode()[-500:]}")
+        time.sleep(settle)
         rss, pss = beyond_ram(process.pid, job.mem * MIB)
     finally:
         process.kill()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .contenders import ROOT, Contender, Job
+from .harness import Failed
 
 PARAMETERS = struct.Struct("<IIIIQQ")  # behind the first four bytes of the image
 PHASE = struct.Struct("<III")
@@ -121,9 +122,7 @@ def run(contender: Contender, guest: str, job: Job, phases: Sequence[Phase], sec
             if len(results) < len(phases) or not all(result.operations for result in results):
                 errors.seek(0)
                 told = errors.read().decode(errors="replace")[-500:]
-                raise SystemExit(
-                    f"bench: {contender.name} did {len(results)} of {len(phases)} phases of {guest}: {told}"
-                )
+                raise Failed(f"did {len(results)} of {len(phases)} phases of {guest}: {told}")
     return results
 
 

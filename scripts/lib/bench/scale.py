@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import phases
 from .contenders import BUILD, MIB, Contender, Job, Kvmpy, found
-from .harness import Figure, Options, Run
+from .harness import Failed, Figure, Options, Run
 from .memory import RAM, beyond_ram
 from .phases import Phase
 from .start import image
@@ -24,17 +24,17 @@ LIVES = 300
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    return {contender.name: partial(run, contender, folder, options) for contender in found()}
+    return {contender.name: partial(run, contender, folder, options) for contender in found(real_mode=True)}
 
 
 def run(contender: Contender, folder: Path, options: Options) -> Iterator[Figure]:
-    for cpus in CPUS[:2] if options.smoke else CPUS:
+    for cpus in CPUS[1:2] if options.smoke else CPUS:
         job = Job(cpus=cpus)
         if not contender.lacks(job):
             yield from exits(contender, job, options)
-    yield from at_once(contender, folder, 3 if options.smoke else MACHINES)
+    yield from at_once(contender, folder, 2 if options.smoke else MACHINES)
     if isinstance(contender, Kvmpy):
-        yield from in_one_process(contender, folder, 3 if options.smoke else LIVES)
+        yield from in_one_process(contender, folder, 2 if options.smoke else LIVES)
 
 
 def exits(contender: Contender, job: Job, options: Options) -> Iterator[Figure]:
@@ -64,7 +64,7 @@ def at_once(contender: Contender, folder: Path, count: int) -> Iterator[Figure]:
         for process in processes:
             assert process.stdout is not None
             if os.read(process.stdout.fileno(), 1) != b"B":
-                raise SystemExit(f"bench: {contender.name}: not all of {count} machines start")
+                raise Failed(f"did not start all of {count} machines")
         seconds = time.monotonic() - begin
         pss = sum(beyond_ram(process.pid, RAM * MIB)[1] for process in processes)
     finally:

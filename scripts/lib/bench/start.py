@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from .contenders import BUILD, ROOT, Contender, Job, found
-from .harness import Figure, Options, Run
+from .harness import Failed, Figure, Options, Run
 
 RUN_LIMIT = 30.0  # seconds
 STARTS = 5  # in each round
@@ -30,7 +30,7 @@ def image(folder: Path, contender: Contender, exit_port: int) -> Path:
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    return {contender.name: partial(run, contender, folder, options) for contender in found()}
+    return {contender.name: partial(run, contender, folder, options) for contender in found(real_mode=True)}
 
 
 def run(contender: Contender, folder: Path, options: Options) -> Iterator[Figure]:
@@ -62,7 +62,7 @@ def once(contender: Contender, job: Job, first: Path) -> tuple[float, float, flo
     process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
     process.communicate()
     if said != b"B" or process.returncode not in (0, 1):  # isa-debug-exit makes 1 of 0
-        raise SystemExit(f"bench: {contender.name} ended with {process.returncode} after {said!r}: {command}")
+        raise Failed(f"ended with {process.returncode} after {said!r}: {command}")
     run_at = int(first.read_text())
     milliseconds = [(moment - begin) / 1e6 for moment in (run_at, byte, end)]
     return *milliseconds, (used.ru_utime + used.ru_stime) * 1e3

@@ -1,4 +1,7 @@
-"""What the figures are to reach: ratios of medians of the same rounds, and the few absolute ones."""
+"""What the figures are to reach: medians of the ratios of each round, and a few absolute figures.
+
+Exits are judged by CPU time: a guest that does nothing else never waits, and other programs of the host do not count.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ class Target(NamedTuple):
 
 
 TARGETS = [
-    Target("exits", "port read, line status|port write, POST code", "us", "kvmpy", "bare", "<=", 1.05),
-    Target("exits", "port .*, scratch|MMIO .*", "us", "kvmpy", "bare", "<=", 1.30),
-    Target("exits", "port .*, scratch|MMIO .*", "us", "kvmpy", "qemu", "<=", 1.10),
+    Target("exits", "port read, line status|port write, POST code", "cpu us", "kvmpy", "bare", "<=", 1.05),
+    Target("exits", "port .*, scratch|MMIO .*", "cpu us", "kvmpy", "bare", "<=", 1.30),
+    Target("exits", "port .*, scratch|MMIO .*", "cpu us", "kvmpy", "qemu", "<=", 1.10),
     Target("console", "UART", "KB/s", "kvmpy", "qemu", ">=", 1.0),
     Target("blk", "4K .* depth (32|128)", "IOPS", "kvmpy", "qemu", ">=", 1.2),
     Target("blk", "4K .* depth (32|128)", "IOPS", "kvmpy pure", "", ">=", 25_000),
@@ -30,7 +33,8 @@ TARGETS = [
     Target("net", ".*1500 B.*|.*64 KiB.*", "packets/s", "kvmpy", "qemu", ">=", 1.0),
     Target("start", ".*first KVM_RUN", "ms", "kvmpy", "qemu", "<=", 1.0),
     Target("memory", "1 vCPU.*", "MiB PSS", "kvmpy", "", "<=", 32),
-    Target("latency", ".* p99", "ms", "kvmpy", "", "<=", 5),
+    Target("linux", "first KVM_RUN to init", "ms", "kvmpy", "qemu", "<=", 1.0),
+    Target("latency", "(key to guest|pause) p99", "ms", "kvmpy", "", "<=", 5),
 ]
 
 
