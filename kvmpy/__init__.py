@@ -39,11 +39,13 @@ if TYPE_CHECKING:
     from .core.regs import RegisterDevice as RegisterDevice
     from .core.regs import bit as bit
     from .machine import Machine as Machine
+    from .pool import SandboxPool as SandboxPool
     from .sandbox import Sandbox as Sandbox
 
 _HOMES = {
     "Machine": "machine",
     "Sandbox": "sandbox",
+    "SandboxPool": "pool",
     "MachineConfig": "config",
     "ConsoleTimeout": "console",
     "Board": "core.board",

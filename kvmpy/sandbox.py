@@ -107,7 +107,7 @@ class Sandbox:
     # Life.
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self if self._keeper is not None else self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
