@@ -1,15 +1,20 @@
-"""Folders of the host in a running Linux: one boot, in which a script works in them, and what it left on the host."""
+"""Folders of the host in a running Linux: a script that works in them, and what it left on the host; and a system on a
+disk that has them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
+from command import Boot
 
 import kvmpy
+from kvmpy.boot import initramfs
 
 LIMIT = 150.0  # seconds, for anything the guest does
 MIB = 1 << 20
@@ -43,7 +48,7 @@ mkdir /rw/gone; touch /rw/gone/x; rm -r /rw/gone
 cd /
 say umount 'umount /rw /ro && echo yes'
 say device 'mount -t virtiofs nothing /rw || echo yes'
-say errors 'dmesg | grep -E "fuse: .*([Ee]rror|[Bb]ad)|BUG: |WARNING: |Call Trace" || echo none'
+say errors 'dmesg | grep -E "fuse|virtiofs" | grep -iE "error|fail|bad" || echo none'
 """
 
 
@@ -117,3 +122,36 @@ def test_links_and_special_files(session: Session) -> None:
     assert session.said["node"].endswith("Operation not permitted yes")
     assert session.said["fifo"].endswith("Operation not permitted yes")
     assert not (session.rw / "tree/disk").exists()
+
+
+INIT = """#!/bin/busybox sh
+echo; echo hello: $(/bin/busybox cat /var/run/src/hello)
+echo kept > /out/new
+/bin/busybox umount /out
+/bin/busybox poweroff -f
+"""
+
+
+def test_a_system_on_a_disk_has_them_too(boot: Boot, cloud: Path, tmp_path: Path) -> None:
+    mke2fs = shutil.which("mke2fs", path=os.environ["PATH"] + ":/usr/sbin:/sbin")
+    busybox = initramfs.find_busybox()
+    if mke2fs is None or busybox is None:
+        pytest.skip("no mke2fs (package e2fsprogs), or no static busybox (busybox-static)")
+    root, disk, out = tmp_path / "root", tmp_path / "disk", tmp_path / "out"
+    for folder in ("bin", "sbin", "dev", "proc", "sys", "run", "var"):
+        (root / folder).mkdir(parents=True)
+    (root / "var/run").symlink_to("/run")
+    shutil.copy(busybox, root / "bin/busybox")
+    (root / "sbin/init").write_text(INIT)
+    (root / "sbin/init").chmod(0o755)
+    out.mkdir()
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/hello").write_text("from the host")
+    subprocess.run([mke2fs, "-q", "-t", "ext4", "-d", root, disk, "64M"], check=True)
+
+    volumes = ("--volume", f"{tmp_path}/src:/var/run/src:ro", "--volume", f"{out}:/out")
+    done = boot("-k", cloud, "--disk", disk, *volumes, "--transport", "pci")
+
+    assert "hello: from the host" in done.stdout
+    assert (out / "new").read_text() == "kept\n"
+    assert done.status == 0

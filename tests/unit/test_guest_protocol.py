@@ -146,6 +146,14 @@ def test_the_hardened_agent_serves(hardened: NativeAgent, tmp_path: Path) -> Non
     assert [info.name for info in hardened.files.list(tmp_path)] == ["a", "back"]
 
 
+def test_who_waits_for_the_agents_hello_has_it_before_the_request(hardened: NativeAgent) -> None:
+    with hardened.connect() as connection:
+        connection.sendall(GREETING)
+        assert connection.recv(100) == GREETING
+        connection.sendall(STAT_ROOT)
+        assert Parser().feed(connection.recv(100))[0][0] == Kind.ENTRY
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=100))
 def test_any_bytes_to_the_agent(hardened: NativeAgent, data: bytes) -> None:
