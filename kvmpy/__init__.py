@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .aio import AsyncSandbox as AsyncSandbox
     from .config import MachineConfig as MachineConfig
     from .console import ConsoleTimeout as ConsoleTimeout
     from .core.board import Board as Board
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Machine": "machine",
+    "AsyncSandbox": "aio",
     "Sandbox": "sandbox",
     "SandboxPool": "pool",
     "MachineConfig": "config",
