@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import kvmpy
-from kvmpy import cli
+from kvmpy import cli, machine
 from kvmpy.cli import run
 from kvmpy.core.errors import GuestLost
+from kvmpy.virtio import user_net
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -94,3 +95,10 @@ def test_errors_say_where_and_what_to_do() -> None:
     error = kvmpy.CommandError("exec", 2, "command x", "install it", status=127)
 
     assert (error.stage, error.errno, error.hint, error.status) == ("exec", 2, "install it", 127)
+
+
+def test_init_knows_the_words_it_is_told() -> None:
+    text = (Path(__file__).parents[2] / "guests/init.c").read_text()
+
+    for word in (machine.AGENT, machine.ROOT, user_net.IP_WORD):
+        assert f'option("{word.partition("=")[0]}="' in text
