@@ -127,16 +127,10 @@ def test_passt_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_says_the_address_that_the_guest_is_to_have() -> None:
     passt = Passt(address=Address("10.7.8.9", 24, "10.7.8.1", "10.7.8.2"))
     assert passt.process is not None
-    told = Path(f"/proc/{passt.process.pid}/cmdline").read_text().split("\0")
+    words = Path(f"/proc/{passt.process.pid}/cmdline").read_text().split("\0")
     passt.close()
 
-    words = dict(zip(told, told[1:], strict=False))
-    assert [words[f"--{name}"] for name in ("address", "netmask", "gateway", "dns-forward")] == [
-        "10.7.8.9",
-        "24",
-        "10.7.8.1",
-        "10.7.8.2",
-    ]
+    assert "--address 10.7.8.9 --netmask 24 --gateway 10.7.8.1 --dns-forward 10.7.8.2" in " ".join(words)
 
 
 @needs_passt
