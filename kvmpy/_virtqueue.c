@@ -400,12 +400,13 @@ static void keep_rest(struct kvmpy_wire *wire, const struct outgoing *out, uint6
     }
 }
 
-/* Send up to `limit` frames, when nothing is left of an earlier one. Returns an enum outcome, not DRAINED. */
-static int kvmpy_send_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit)
+/* Send up to `limit` frames, for little more than `length` ns, when nothing is left of an earlier one. Returns an enum
+ * outcome, not DRAINED. */
+static int kvmpy_send_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit, uint64_t length)
 {
     struct outgoing out;
     wire->rest_size = 0;
-    while (limit) {
+    for (uint64_t end = now() + length; limit;) {
         int ordinary = collect_frames(queue, &out, limit);
         if (!out.frames) {
             if (!ordinary)
@@ -433,6 +434,8 @@ static int kvmpy_send_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire,
         publish(queue);
         if (sent < out.size)
             return KVMPY_BLOCKED;
+        if (now() >= end)
+            break;
     }
     return KVMPY_MORE;
 }
@@ -532,11 +535,12 @@ static void deliver(struct kvmpy_queue *queue, struct incoming *in, const void *
     publish(queue);
 }
 
-/* Give the driver up to `limit` frames. Returns an enum outcome, not DRAINED. */
-static int kvmpy_receive_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit)
+/* Give the driver up to `limit` frames, for little more than `length` ns. Returns an enum outcome, not DRAINED. */
+static int kvmpy_receive_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit, uint64_t length)
 {
     struct incoming in;
-    for (; limit; limit--) {
+    uint64_t end = now() + length;
+    for (uint32_t served = 0; served < limit && (!served || now() < end); served++) {
         int outcome;
         if (is_empty(queue))
             return KVMPY_EMPTY;
@@ -567,12 +571,13 @@ struct net_header { /* struct virtio_net_hdr */
     uint16_t hdr_len, gso_size, csum_start, csum_offset, num_buffers;
 };
 
-/* Send up to `limit` frames. Returns an enum outcome, not DRAINED. */
-static int kvmpy_tap_send(struct kvmpy_queue *queue, const struct kvmpy_tap *tap, uint32_t limit)
+/* Send up to `limit` frames, for little more than `length` ns. Returns an enum outcome, not DRAINED. */
+static int kvmpy_tap_send(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit, uint64_t length)
 {
     struct chain chain;
     struct iovec vector[1 + MAX_SEGMENTS];
-    for (; limit; limit--) {
+    uint64_t end = now() + length;
+    for (uint32_t served = 0; served < limit && (!served || now() < end); served++) {
         struct net_header header;
         if (is_empty(queue))
             return KVMPY_EMPTY;
@@ -615,13 +620,14 @@ static int takes_frame(const struct kvmpy_tap *tap, struct net_header *header, u
     return (header->gso_type == GSO_NONE || tap->guest_gso[header->gso_type]) && size >= ETH_HEADER && size <= longest;
 }
 
-/* Give the driver up to `limit` frames. Returns an enum outcome, not DRAINED; with ODD, `kept` is the size of the frame
- * in the buffer that has not been delivered, 0 when there is none. */
-static int kvmpy_tap_receive(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit)
+/* Give the driver up to `limit` frames, for little more than `length` ns. Returns an enum outcome, not DRAINED; with ODD,
+ * `kept` is the size of the frame in the buffer that has not been delivered, 0 when there is none. */
+static int kvmpy_tap_receive(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit, uint64_t length)
 {
     struct incoming in;
+    uint64_t end = now() + length;
     tap->kept = 0;
-    for (; limit; limit--) {
+    for (uint32_t served = 0; served < limit && (!served || now() < end); served++) {
         if (is_empty(queue))
             return KVMPY_EMPTY;
         if (!collect_room(queue, &in, VNET_HEADER, 0))

@@ -268,15 +268,14 @@ class Net(VirtioDevice):
     # From the guest.
 
     def _transmit(self, queue: VirtQueue) -> None:
-        limit, batch = self._limits[TX], BATCH
+        limit = self._limits[TX]
         if self._twin is not None and self._cable and self._host(lambda backend: backend.flush(), False):
-            outcome = self._twin.transmit(queue)
+            outcome = self._twin.transmit(queue, BATCH)
             if outcome != self._twin.ODD:
                 self._waiting |= WRITE if outcome == self._twin.BLOCKED else 0
                 queue.more = outcome == self._twin.MORE
                 return
-            batch = 1  # it is for Python; then C again, after the others' turn
-        for _ in range(batch):
+        for _ in range(BATCH):
             if not self._host(lambda backend: backend.flush(), True):
                 self._waiting |= WRITE
                 return
@@ -323,16 +322,15 @@ class Net(VirtioDevice):
     # To the guest.
 
     def _receive(self, queue: VirtQueue) -> None:
-        limit, batch = self._limits[RX], BATCH
+        limit = self._limits[RX]
         if self._twin is not None and self._cable and self._kept is None:
-            outcome = self._twin.receive(queue)
+            outcome = self._twin.receive(queue, BATCH)
             self._kept = self._twin.kept
             if outcome != self._twin.ODD:
                 self._waiting |= READ if outcome == self._twin.BLOCKED else 0
                 queue.more = outcome == self._twin.MORE
                 return
-            batch = 1  # it is for Python; then C again, after the others' turn
-        for _ in range(batch):
+        for _ in range(BATCH):
             chain = None if limit.waiting else queue.pop()
             if chain is None:
                 return  # until the driver kicks, or the limit's timer

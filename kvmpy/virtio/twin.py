@@ -18,7 +18,7 @@ from ..host.tap import Tap
 from .queue import Chain, VirtQueue
 
 BATCH = 64  # requests, and
-BATCH_NS = 100_000  # time, after which the driver hears of what is done, though there may be more to do
+BATCH_NS = 100_000  # time, after which drivers hear of what is done, and others have their turn
 # Drivers that wait for each batch have the next one ready soon: without a kick and the way of a thread out of its sleep
 # it is served sooner. A driver that took longer the last time is not waited for.
 PATIENCE_NS = 50_000 if len(os.sched_getaffinity(0)) > 1 else 0
@@ -85,18 +85,18 @@ class FrameTwin:
         self._rings = {queue.index: _ring(queue) for queue in queues}
         self._host = host
 
-    def transmit(self, queue: VirtQueue) -> int:
-        """Send up to a round of frames; the backend has nothing left to send."""
+    def transmit(self, queue: VirtQueue, limit: int) -> int:
+        """Send up to `limit` frames; the backend has nothing left to send."""
         raise NotImplementedError
 
-    def receive(self, queue: VirtQueue) -> int:
-        """Give the driver up to a round of frames, when Python has none for it."""
+    def receive(self, queue: VirtQueue, limit: int) -> int:
+        """Give the driver up to `limit` frames, when Python has none for it."""
         raise NotImplementedError
 
-    def _round(self, work: Callable[[Any, Any, int], int], queue: VirtQueue) -> int:
+    def _round(self, work: Callable[[Any, Any, int, int], int], queue: VirtQueue, limit: int) -> int:
         ring, _ = self._rings[queue.index]
         ring.next_avail, ring.next_used = queue.positions
-        outcome = work(ring, self._host, queue.size)
+        outcome = work(ring, self._host, limit, BATCH_NS)
         queue.positions = ring.next_avail, ring.next_used
         return outcome
 
@@ -112,16 +112,16 @@ class WireTwin(FrameTwin):
         wire.buffer, wire.size, wire.rest = _address(backend.buffer), len(backend.buffer), _address(self._rest)
         wire.fd, wire.longest, wire.mergeable = backend.fileno(), longest, mergeable
 
-    def transmit(self, queue: VirtQueue) -> int:
-        outcome = self._round(lib.kvmpy_send_frames, queue)
+    def transmit(self, queue: VirtQueue, limit: int) -> int:
+        outcome = self._round(lib.kvmpy_send_frames, queue, limit)
         if left := self._host.rest_size:
             self._backend.rest = memoryview(bytes(self._rest[:left]))
         return outcome
 
-    def receive(self, queue: VirtQueue) -> int:
+    def receive(self, queue: VirtQueue, limit: int) -> int:
         wire, backend = self._host, self._backend
         wire.start, wire.end = backend.start, backend.end
-        outcome = self._round(lib.kvmpy_receive_frames, queue)
+        outcome = self._round(lib.kvmpy_receive_frames, queue, limit)
         backend.start, backend.end = wire.start, wire.end
         return outcome
 
@@ -150,11 +150,11 @@ class TapTwin(FrameTwin):
             for kind in kinds:
                 table[kind] = 1
 
-    def transmit(self, queue: VirtQueue) -> int:
-        return self._round(lib.kvmpy_tap_send, queue)
+    def transmit(self, queue: VirtQueue, limit: int) -> int:
+        return self._round(lib.kvmpy_tap_send, queue, limit)
 
-    def receive(self, queue: VirtQueue) -> int:
-        outcome = self._round(lib.kvmpy_tap_receive, queue)
+    def receive(self, queue: VirtQueue, limit: int) -> int:
+        outcome = self._round(lib.kvmpy_tap_receive, queue, limit)
         size = self._host.kept
         self.kept = memoryview(bytes(self._buffer[:size])) if size else None
         return outcome
