@@ -180,6 +180,7 @@ static void mount_all(void)
 		SYS(mkdir, mounts[i].path, 0755);
 		SYS(mount, mounts[i].type, mounts[i].path, mounts[i].type, mounts[i].flags, mounts[i].options);
 	}
+	SYS(chmod, "/", 0755); /* in a kernel with tmpfs, all may write to the root of an initramfs */
 	SYS(mkdir, "/dev/shm", 0);
 	SYS(chmod, "/dev/shm", 01777);
 	for (unsigned i = 0; i < sizeof links / sizeof links[0]; i++)
