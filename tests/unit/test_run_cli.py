@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
+from agents import build, running
 
 import kvmpy
 from kvmpy import cli, machine
-from kvmpy.cli import run
+from kvmpy.cli import relay, run
 from kvmpy.core.errors import GuestLost
 from kvmpy.virtio import user_net
 
@@ -95,6 +98,46 @@ def test_errors_say_where_and_what_to_do() -> None:
     error = kvmpy.CommandError("exec", 2, "command x", "install it", status=127)
 
     assert (error.stage, error.errno, error.hint, error.status) == ("exec", 2, "install it", 127)
+
+
+@pytest.fixture
+def native(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sandboxes without a machine: the agent is a process of this one."""
+    with running(build(tmp_path), tmp_path) as agent:
+
+        class NativeSandbox(kvmpy.Sandbox):
+            def start(self) -> Self:
+                self._agent = agent
+                return self
+
+        monkeypatch.setattr(run, "Sandbox", NativeSandbox)
+        monkeypatch.setattr(relay, "starting", lambda: None)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "out", "err"),
+    [
+        (["--env", "A=1", "--workdir", "/usr", "sh", "-c", "pwd; echo $A >&2; exit 3"], 3, "/usr\n", "1\n"),
+        (
+            ["--timeout", "0.2", "sleep", "99"],
+            124,
+            "",
+            'kvmpy: "sleep" was killed after 0.2 s; give it more with --timeout\n',
+        ),
+        (["--workdir", "/none", "true"], 125, "", 'kvmpy: working directory "/none" in the guest:'),
+        (["no-such-command"], 127, "", "kvmpy: "),
+        (["/etc/passwd"], 126, "", 'kvmpy: cannot execute "/etc/passwd" in the guest:'),
+    ],
+)
+@pytest.mark.usefixtures("native")
+def test_command(capfd: pytest.CaptureFixture[str], words: list[str], status: int, out: str, err: str) -> None:
+    assert cli.main(["run", *words]) == status
+
+    seen = capfd.readouterr()
+    assert seen.out == out
+    assert seen.err.startswith(err)
+    assert seen.err.count("\n") == 1
 
 
 def test_init_knows_the_words_it_is_told() -> None:
