@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from agents import build, running
+from agents import NativeAgent, build, running
 
 import kvmpy
 from kvmpy import cli, machine
@@ -100,19 +100,24 @@ def test_errors_say_where_and_what_to_do() -> None:
     assert (error.stage, error.errno, error.hint, error.status) == ("exec", 2, "install it", 127)
 
 
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeAgent]:
+    folder = tmp_path_factory.mktemp("agent")
+    with running(build(folder), folder) as agent:
+        yield agent
+
+
 @pytest.fixture
-def native(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def native(agent: NativeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sandboxes without a machine: the agent is a process of this one."""
-    with running(build(tmp_path), tmp_path) as agent:
 
-        class NativeSandbox(kvmpy.Sandbox):
-            def start(self) -> Self:
-                self._agent = agent
-                return self
+    class NativeSandbox(kvmpy.Sandbox):
+        def start(self) -> Self:
+            self._agent = agent
+            return self
 
-        monkeypatch.setattr(run, "Sandbox", NativeSandbox)
-        monkeypatch.setattr(relay, "starting", lambda: None)
-        yield
+    monkeypatch.setattr(run, "Sandbox", NativeSandbox)
+    monkeypatch.setattr(relay, "starting", lambda: None)
 
 
 @pytest.mark.parametrize(
