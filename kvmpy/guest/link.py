@@ -51,8 +51,11 @@ class Link:
         with self._sending:
             self._unsent += data
         while self._flush():
-            if not self._wait(select.POLLOUT, deadline):
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
                 return False
+            # In slices: another thread may close the socket, and its number may then be another file's.
+            self._wait(select.POLLOUT, now + 1 if deadline is None else min(deadline, now + 1))
         return True
 
     def receive(self, deadline: float | None = None) -> list[Frame]:
