@@ -57,6 +57,7 @@ class Relay:
         """Raises TimedOut after `timeout` seconds, when the command has been killed, GuestLost, and HostError for
         output that cannot be written."""
         process = self._process
+        self._waiting = dict.fromkeys((1, 2), time.monotonic())
         outputs = [
             threading.Thread(target=self._pass_out, args=ends, name="kvmpy-output", daemon=True)
             for ends in ((process.stdout, 1), (process.stderr, 2))
@@ -109,9 +110,10 @@ class Relay:
 
     def _drain(self, outputs: list[threading.Thread]) -> None:
         """Let all output of a command that has ended pass; a slow reader of ours gets the time that it needs."""
+        begin = time.monotonic()
         while any(thread.is_alive() for thread in outputs):
             quiet = time.monotonic() - LINGER
-            if all(since < quiet for since in list(self._waiting.values())):
+            if all(max(since, begin) < quiet for since in list(self._waiting.values())):
                 return
             for thread in outputs:
                 thread.join(0.01)
@@ -149,7 +151,6 @@ class Relay:
             self._news.put(error)
 
     def _pass_out(self, stream: BufferedReader, fd: int) -> None:
-        self._waiting[fd] = time.monotonic()
         try:
             while data := stream.read1(CHUNK):
                 self._waiting[fd] = float("inf")

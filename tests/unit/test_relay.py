@@ -162,6 +162,12 @@ def test_what_is_left_running_does_not_hold_it(start: Start) -> None:
     assert time.monotonic() - begin < 20
 
 
+def test_last_words_after_a_silence(start: Start) -> None:
+    process = start("sh", "-c", "sleep 1.2; echo late; echo error >&2")
+
+    assert process.communicate(timeout=LIMIT) == (b"late\n", b"error\n")
+
+
 def test_a_slow_reader_gets_all(start: Start) -> None:
     process = start("sh", "-c", "head -c 200000 /dev/zero")
     assert process.stdout is not None
