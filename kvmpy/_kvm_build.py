@@ -102,7 +102,8 @@ ffibuilder.cdef(
     int kvmpy_stream_sent(struct kvmpy_stream *stream, size_t size);
     size_t kvmpy_stream_under_way(struct kvmpy_stream *stream);
 
-    struct kvmpy_cell { uint32_t kinds; uint32_t value; uint8_t seen[32]; struct kvmpy_stream *stream; ...; };
+    struct kvmpy_cell { uint32_t kinds; uint32_t value; uint8_t seen[32]; struct kvmpy_stream *stream;
+                        struct kvmpy_cell *target; ...; };
     struct kvmpy_cells { ...; };
     int kvmpy_cell_add(struct kvmpy_cells *cells, uint64_t key, struct kvmpy_cell *cell);
 

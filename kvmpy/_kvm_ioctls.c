@@ -243,13 +243,21 @@ static size_t kvmpy_stream_under_way(struct kvmpy_stream *stream)
 
 /* Registers that need no decision, which the run loop answers itself. Python keeps the cells up to date (core/cell.py
  * has the meaning of `kinds`); a cell that is not sure has kind 0, and the device is asked. */
-enum { READ_VALUE = 1, WRITE_IGNORED = 2, WRITE_SEEN = 4, WRITE_STREAM = 8, CELLS = 256 /* a power of two */ };
+enum {
+    READ_VALUE = 1,
+    WRITE_IGNORED = 2,
+    WRITE_SEEN = 4,
+    WRITE_STREAM = 8,
+    WRITE_CLEARS = 16,
+    CELLS = 256 /* a power of two */
+};
 
 struct kvmpy_cell {
     uint32_t kinds;
     uint32_t value;
     uint8_t seen[32];            /* WRITE_SEEN: a bit for each byte that brings no news when it is written */
     struct kvmpy_stream *stream; /* WRITE_STREAM: where bytes go */
+    struct kvmpy_cell *target;   /* WRITE_CLEARS: whose bits are cleared */
 };
 
 struct kvmpy_cells {
@@ -308,6 +316,12 @@ static int cell_takes(struct kvmpy_cell *cell, const uint8_t *data, unsigned siz
     uint32_t kinds = __atomic_load_n(&cell->kinds, __ATOMIC_ACQUIRE);
     if (kinds & WRITE_IGNORED)
         return 1;
+    if (kinds & WRITE_CLEARS && size == 4 && count == 1 && cell->target) {
+        uint32_t bits;
+        memcpy(&bits, data, sizeof bits);
+        __atomic_and_fetch(&cell->target->value, ~bits, __ATOMIC_SEQ_CST);
+        return 1;
+    }
     if (kinds & WRITE_SEEN && size == 1 && count == 1 && cell->seen[*data / 8] & 1 << *data % 8) {
         __atomic_store_n(&cell->value, *data, __ATOMIC_RELAXED);
         return 1;

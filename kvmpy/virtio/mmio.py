@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from ..core.board import Board
+from ..core.cell import READ_VALUE, WRITE_CLEARS
 from ..core.irq import IrqLine
 from ..core.regs import Reg, RegisterDevice
 from .device import VirtioDevice
@@ -22,6 +23,7 @@ from .transport import VirtioCore, high, low
 
 MAGIC = int.from_bytes(b"virt", "little")
 QUEUE_NOTIFY = 0x050  # offset of the register behind the doorbells
+INTERRUPT_STATUS, INTERRUPT_ACK = 0x060, 0x064
 SIZE = 0x1000  # one page for each device
 CONFIG = 0x100  # where the device's configuration space begins
 NO_REGION = 0xFFFFFFFF  # 4.2.2: the length of a shared memory region that does not exist
@@ -50,8 +52,8 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
     QueueNum = Reg(0x038, read=False)
     QueueReady = Reg(0x044)
     QueueNotify = Reg(QUEUE_NOTIFY, read=False)
-    InterruptStatus = Reg(0x060, write=0, bits=INTERRUPT)
-    InterruptACK = Reg(0x064, read=False, bits=INTERRUPT)
+    InterruptStatus = Reg(INTERRUPT_STATUS, write=0, bits=INTERRUPT)
+    InterruptACK = Reg(INTERRUPT_ACK, read=False, bits=INTERRUPT)
     Status = Reg(0x070, bits=STATUS)
     QueueDescLow = Reg(0x080, read=False)
     QueueDescHigh = Reg(0x084, read=False)
@@ -74,6 +76,13 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
         self.DeviceID = int(device.type_id)
         self._irq = irq
         self.base = board.mmio(SIZE, self)
+        # What a driver does for each interrupt needs no Python. A bit that it clears while one is being set may come
+        # back, and it looks once too often; none that is being set gets lost.
+        self._status = board.cell(self.base + INTERRUPT_STATUS, 4, mmio=True)
+        self._status.kinds = READ_VALUE
+        acknowledge = board.cell(self.base + INTERRUPT_ACK, 4, mmio=True)
+        acknowledge.target = self._status
+        acknowledge.kinds = WRITE_CLEARS
         for index in range(len(device.queue_sizes)):
             board.doorbell(self.base + QUEUE_NOTIFY, 4, index, self._kick(index), device, device.loop)
 
@@ -90,12 +99,15 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
 
     def _add(self, interrupt: int) -> None:
         with self._pending:
-            self.InterruptStatus |= interrupt
+            self._status.value |= interrupt
         self._irq.pulse()
+
+    def read_InterruptStatus(self) -> int:
+        return self._status.value
 
     def write_InterruptACK(self, value: int) -> None:
         with self._pending:
-            self.InterruptStatus &= ~value
+            self._status.value &= ~value
 
     # Status and features.
 
@@ -108,6 +120,7 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
         if value == 0:
             with self._pending:
                 super().reset()
+                self._status.value = 0
             self.DeviceID = int(self.core.device.type_id)
 
     def read_DeviceFeatures(self) -> int:
@@ -216,9 +229,11 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
 
     def state(self) -> dict[str, Any]:
         with self.core.device.lock:
+            self.InterruptStatus = self._status.value
             return super().state() | {"core": self.core.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         with self.core.device.lock:
             super().restore(state)
+            self._status.value = self.InterruptStatus
             self.core.restore(state["core"])
