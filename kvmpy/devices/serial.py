@@ -362,18 +362,18 @@ class Serial(RegisterDevice, span=8):
         self.IIR = source | (IIR.FIFOS if self.FCR & FCR.ENABLE else 0)
         # A loopback takes the modem outputs off their pins, OUT2 with them (8.8).
         gate = self.MCR & (MCR.OUT2 | MCR.LOOP) == MCR.OUT2
+        self._publish()  # before the guest is told to look
         self._irq.set(gate and source != Source.NONE)
-        self._publish()
 
     def _publish(self) -> None:
         """Into the cells what these registers would do now: nearly all that a kernel asks while it prints."""
         cells = self._cells
         plain = not (self.MCR & MCR.LOOP or self.LCR & LCR.DLAB or self.IER & IER.ETBEI or self._sink_full)
         cells["THR"].kinds = WRITE_STREAM if plain else 0
-        cells["IIR"].value = self.IIR
-        cells["IIR"].kinds = 0 if IIR.ID.of(self.IIR) == Source.THR_EMPTY else READ_VALUE
         cells["LSR"].value = self.LSR
         cells["LSR"].kinds = 0 if self.LSR & LSR.READ_CLEARS else READ_VALUE
+        cells["IIR"].value = self.IIR
+        cells["IIR"].kinds = 0 if IIR.ID.of(self.IIR) == Source.THR_EMPTY else READ_VALUE
         cells["MSR"].value = self.MSR
         cells["MSR"].kinds = 0 if self.MSR & MSR.DELTAS else READ_VALUE
 

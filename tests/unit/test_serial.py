@@ -768,3 +768,19 @@ def test_restore_sends_what_a_full_sink_had_left() -> None:
 def test_restore_refuses_a_damaged_state(port: Port, damage: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="Serial: state"):
         port.uart.restore(port.uart.state() | damage)
+
+
+def test_cells_are_right_before_the_interrupt_comes(open_port: Port) -> None:
+    """A guest that looks at once must find why it was interrupted: the line makes an edge, and no second one."""
+    seen = []
+
+    class Looking(IrqRecorder):
+        def set(self, level: bool) -> None:
+            cells = open_port.board.cells
+            seen.append((level, cells[COM1 + 2].value & 0xF, cells[COM1 + 5].value & LSR.DR))
+
+    open_port.uart._irq = Looking()
+
+    open_port.uart.receive(b"a")
+
+    assert seen == [(True, Source.TIMEOUT, LSR.DR)]
