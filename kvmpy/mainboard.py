@@ -68,6 +68,7 @@ class MainBoard:
         self._msis = MsiRouter(vm)
         self._doorbells: list[tuple[EventDoorbell, EventLoop]] = []  # and what listens
         self._loops: list[EventLoop] = []  # of single devices
+        self._start_loop: Callable[[EventLoop], None] | None = None  # once the machine runs
 
     def pio(self, base: int, size: int, device: BusDevice) -> None:
         self.ports.add(base, size, device)
@@ -103,8 +104,15 @@ class MainBoard:
     def new_loop(self, name: str) -> EventLoop:
         loop = self.loop.sibling(f"{name}{len(self._loops)}")
         self._loops.append(loop)
-        loop.start()
+        if self._start_loop is not None:
+            self._start_loop(loop)
         return loop
+
+    def start_loops(self, prepare: Callable[[], None] | None = None) -> None:
+        """Let the loops of devices run, those of later devices too; each thread calls `prepare` first."""
+        self._start_loop = lambda loop: loop.start(prepare)
+        for loop in self._loops:
+            loop.start(prepare)
 
     def doorbell(
         self,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core.errors import HostError
 from ..core.events import EventLoop
@@ -16,8 +17,11 @@ from .stream import Reader, Writer
 class UnixSocket:
     """A listening socket at `path`, one client at a time; without one, output goes nowhere.
 
-    With an `owner`, callbacks have its lock, and calls must.
+    With an `owner`, callbacks have its lock, and calls must. The name goes when the socket is closed; a process that
+    is locked in leaves that to another one, by `names`.
     """
+
+    names: ClassVar[set[Path]] = set()  # of all sockets that are open
 
     def __init__(self, loop: EventLoop, path: Path, received: Received, sent: Sent, owner: Any = None) -> None:
         self._loop, self._path, self._received, self._sent, self._owner = loop, path, received, sent, owner
@@ -34,6 +38,8 @@ class UnixSocket:
         except OSError as error:
             self._socket.close()
             raise HostError(f'cannot listen on "{path}": {error.strerror or error}', "name another path") from None
+        self._name = path.absolute()
+        self.names.add(self._name)
         loop.add(self._socket.fileno(), self._accept, owner=owner)
 
     def write(self, data: bytes) -> None:
@@ -54,7 +60,9 @@ class UnixSocket:
         self._hang_up()
         self._loop.remove(self._socket.fileno())
         self._socket.close()
-        self._path.unlink(missing_ok=True)
+        self.names.discard(self._name)
+        with suppress(PermissionError, FileNotFoundError):
+            self._path.unlink()
 
     def _accept(self) -> None:
         try:

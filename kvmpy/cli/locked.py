@@ -1,0 +1,69 @@
+"""The way `kvmpy boot` locks its process in: what must be loaded before, and the helper that stays outside."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from ..core.board import Stop
+from ..core.errors import ConfigError
+from ..core.log import log
+from ..core.pure import PURE
+from ..machine import Machine
+from ..sandbox.lock import LEVELS, Sandbox
+from ..steward import Steward
+from . import null
+
+
+def check_level(text: str) -> str:
+    """A level of --sandbox; raises ConfigError."""
+    if text not in LEVELS:
+        raise ConfigError(f'invalid sandbox "{text}"', f"use {', '.join(LEVELS[:-1])} or {LEVELS[-1]}")
+    return text
+
+
+class Lock:
+    """Make it before the machine, while the process has one thread; `close` it when the machine is closed."""
+
+    def __init__(self, level: str, *, with_json: bool) -> None:
+        self._level = level
+        self._with_json = with_json
+        self._steward = Steward()
+
+    def lock_down(self) -> Callable[[str], None]:
+        """For Machine.start. Raises HostError where --sandbox strict cannot be had."""
+        _preload(with_json=self._with_json)
+        sockets = sys.modules.get("kvmpy.host.unix_socket")
+        self._steward.seal(sockets.UnixSocket.names if sockets else ())
+        log.need_no_imports()
+        sandbox = Sandbox(self._level)
+        sandbox.lock()
+        if sandbox.missing:
+            log.warning(f"the sandbox is incomplete: {'; '.join(sandbox.missing)}")
+        log.info("locked in", sandbox=self._level, in_force=", ".join(sandbox.in_force))
+        return sandbox.enter
+
+    def report(self, machine: Machine, stop: Stop) -> tuple[str, str]:
+        """The crash report, and its facts as JSON; empty when they cannot be had."""
+        return self._steward.report(machine, stop)
+
+    def close(self) -> None:
+        self._steward.close()
+
+
+def _preload(*, with_json: bool) -> None:
+    """Load what is loaded when it is needed: nothing can be, soon."""
+    import _ctypes
+
+    with suppress(OSError):  # what ends a thread that Python leaves running at its exit
+        _ctypes.dlopen("libgcc_s.so.1", 0)
+    null()
+    if with_json:
+        import json  # noqa: F401
+    if "kvmpy.virtio.blk" in sys.modules:
+        from ..host.disk import prepare_allocation
+
+        prepare_allocation()
+        if not PURE:
+            from ..virtio import twin  # noqa: F401
