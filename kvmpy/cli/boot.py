@@ -70,10 +70,11 @@ def run(args: argparse.Namespace) -> int:
     kind, path = endpoint.parse(serial)
     lock = make_lock(args.sandbox, json=args.json)
     try:
-        return boot(args, config, kind, path, timeout, lock)
+        status = boot(args, config, kind, path, timeout, lock)
     finally:
         if lock is not None:
             lock.close()
+    return status if lock is None else lock.leave(status)
 
 
 def boot(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import suppress
 
 from ..core.board import Stop
 from ..core.errors import ConfigError
@@ -51,13 +52,18 @@ class Lock:
     def close(self) -> None:
         self._steward.close()
 
+    def leave(self, status: int) -> int:
+        """The last thing to do: `status`, unless a thread hangs in a device. Python would end that one with a library
+        which it loads only then."""
+        if threading.active_count() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+
 
 def _preload(*, with_json: bool) -> None:
     """Load what is loaded when it is needed: nothing can be, soon."""
-    import _ctypes
-
-    with suppress(OSError):  # what ends a thread that Python leaves running at its exit
-        _ctypes.dlopen("libgcc_s.so.1", 0)
     null()
     if with_json:
         import json  # noqa: F401

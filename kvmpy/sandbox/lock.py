@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from .._kvm_ioctls import ffi, lib
@@ -84,12 +85,17 @@ class Sandbox:
                 raise
 
     def _seccomp(self, role: str, *, everybody: bool = False) -> str:
-        code = assemble(filter_for(role, kill=self.level == "strict"))
+        code = _filter(role, self.level == "strict")
         buffer = ffi.from_buffer(code)
         header = bytearray(struct.pack("<H6xQ", len(code) // 8, _address(buffer)))  # struct sock_fprog
         flags = SECCOMP_FILTER_FLAG_SPEC_ALLOW | (SECCOMP_FILTER_FLAG_TSYNC if everybody else 0)
         _call("seccomp", SECCOMP, SECCOMP_SET_MODE_FILTER, flags, _address(ffi.from_buffer(header)))
         return "seccomp"
+
+
+@cache
+def _filter(role: str, kill: bool) -> bytes:
+    return assemble(filter_for(role, kill=kill))
 
 
 def _no_new_privileges() -> str:
