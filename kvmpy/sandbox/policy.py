@@ -13,6 +13,7 @@ from .bpf import ERRNO, KILL, Condition, Instruction, OneOf, With, Without, prog
 
 PROT_EXEC = 4
 CLONE_THREAD = 0x10000
+AT_EMPTY_PATH = 0x1000
 
 SYSCALLS = {
     "read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11,
@@ -23,8 +24,9 @@ SYSCALLS = {
     "flock": 73, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getuid": 102, "getgid": 104, "geteuid": 107,
     "getegid": 108, "getpgrp": 111, "sigaltstack": 131, "gettid": 186, "futex": 202, "sched_getaffinity": 204,
     "restart_syscall": 219, "fadvise64": 221, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230,
-    "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234, "waitid": 247, "pselect6": 270, "ppoll": 271,
-    "set_robust_list": 273, "epoll_pwait": 281, "fallocate": 285, "accept4": 288, "eventfd2": 290, "dup3": 292,
+    "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234, "waitid": 247, "newfstatat": 262,
+    "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "epoll_pwait": 281, "fallocate": 285,
+    "accept4": 288, "eventfd2": 290, "dup3": 292,
     "pipe2": 293, "preadv": 295, "pwritev": 296, "prlimit64": 302, "seccomp": 317, "getrandom": 318, "membarrier": 324,
     "preadv2": 327, "pwritev2": 328, "rseq": 334, "clone3": 435, "epoll_pwait2": 441,
 }  # fmt: skip
@@ -57,8 +59,8 @@ VCPU = f"{THREAD} {MEMORY} {DOORBELLS} ioctl tgkill"
 # An event loop does the work of devices and the console: it moves bytes between descriptors that are open.
 LOOP = f"""
     {VCPU} accept4 clock_nanosleep dup epoll_pwait epoll_pwait2 epoll_wait fadvise64 fallocate fcntl fdatasync flock
-    fstat fsync ftruncate getpeername getrandom getsockname getsockopt lseek nanosleep poll pread64 preadv preadv2
-    pwrite64 pwritev pwritev2 readv recvfrom recvmsg sendmsg sendto setsockopt shutdown wait4 writev
+    fstat fsync ftruncate getpeername getrandom getsockname getsockopt lseek nanosleep newfstatat poll pread64 preadv
+    preadv2 pwrite64 pwritev pwritev2 readv recvfrom recvmsg sendmsg sendto setsockopt shutdown wait4 writev
 """
 
 # The whole process: the main thread starts the others, waits, takes signals, and takes the machine apart.
@@ -94,7 +96,7 @@ ROLE_IOCTLS = {
 # not to be found, /proc/sys/vm/overcommit_memory when a heap shrinks, the name of a thread. No reason to end a machine.
 FRUITLESS = {
     "open": 2, "stat": 4, "lstat": 6, "access": 21, "socket": 41, "kill": 62, "getcwd": 79, "unlink": 87,
-    "readlink": 89, "prctl": 157, "getdents64": 217, "openat": 257, "newfstatat": 262, "unlinkat": 263,
+    "readlink": 89, "prctl": 157, "getdents64": 217, "openat": 257, "unlinkat": 263,
     "readlinkat": 267, "faccessat": 269, "prlimit64": 302, "statx": 332, "faccessat2": 439,
 }  # fmt: skip
 
@@ -109,6 +111,7 @@ def filter_for(role: str, *, kill: bool) -> list[Instruction]:
         "mprotect": (Without(2, PROT_EXEC), refuse),
         "tgkill": (OneOf(0, (os.getpid(),)), refuse),
         "clone": (With(0, CLONE_THREAD), refuse),
+        "newfstatat": (With(3, AT_EMPTY_PATH), ERRNO | errno.EACCES),  # how glibc does fstat
     }
     conditional = {SYSCALLS[name]: check for name, check in conditions.items() if name in names}
     plain = sorted({SYSCALLS[name] for name in names if name not in conditions and name != "clone3"})

@@ -14,7 +14,7 @@ from kvmpy.sandbox.policy import FRUITLESS, IOCTLS, ROLE_IOCTLS, ROLES, SYSCALLS
 I386 = 0x40000003  # AUDIT_ARCH_I386
 DENY = ERRNO | errno.EPERM
 KVM_RUN = IOCTLS["KVM_RUN"]
-CONDITIONAL = {"ioctl", "mmap", "mprotect", "tgkill", "clone", "clone3"}
+CONDITIONAL = {"ioctl", "mmap", "mprotect", "tgkill", "clone", "clone3", "newfstatat"}
 ANY = [0xDEAD_0000_BEEF] * 6
 
 # What would let a guest out that has taken over a thread, by number.
@@ -127,6 +127,13 @@ def test_signals_go_to_this_process_only() -> None:
 
     assert verdict(code, SYSCALLS["tgkill"], [os.getpid(), 1, 9]) == ALLOW
     assert verdict(code, SYSCALLS["tgkill"], [1, 1, 9]) == DENY
+
+
+def test_descriptors_can_be_examined_but_not_paths() -> None:
+    code = filter_for("loop", kill=True)
+
+    assert verdict(code, SYSCALLS["newfstatat"], [5, 0, 0, 0x1000]) == ALLOW  # AT_EMPTY_PATH
+    assert verdict(code, SYSCALLS["newfstatat"], [0xFFFFFF9C, 0, 0, 0]) == ERRNO | errno.EACCES
 
 
 def test_clone_makes_threads_only_and_only_for_the_main_thread() -> None:
