@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rig import BINARIES
 
 from kvmpy.sandbox.lock import landlock_abi, why_no_namespaces
 
@@ -20,7 +22,7 @@ SECONDS = 60.0
 SECTOR = 512
 LEVELS = ("default", "strict")
 ROLES = ("vcpu", "loop", "own", "main")
-PROBES = str(Path(__file__).with_name("probes.py"))
+PROBES, WORKING = (str(Path(__file__).with_name(name)) for name in ("probes.py", "working.py"))
 
 # Machine code for 7C00h, real mode; as in test_machine.py.
 POWER_OFF = "ba0006 b034 ee fa f4"
@@ -275,3 +277,29 @@ def wait_until(condition: Callable[[], object]) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("transport", "guest"), [("mmio", "virtio"), ("pci", "virtio_pci")])
+def test_every_device_at_work(level: str, transport: str, guest: str, tmp_path: Path) -> None:
+    """A guest reads its disk through eventfds, and all images are written, zeroed and discarded by their threads."""
+    if not shutil.which("qemu-img"):
+        pytest.skip("no qemu-img")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "qcow2", "8M"], check=True)
+    for name in ("raw", "other"):
+        (tmp_path / name).write_bytes(b"boot" * (1 << 19))
+
+    done = subprocess.run(
+        [sys.executable, WORKING, level, transport, str(tmp_path), str(BINARIES / f"{guest}.bin")],
+        timeout=SECONDS,
+        capture_output=True,
+        text=True,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["stop"] == "EXIT"
+    assert found["reports"][-3:] == [513, 0, int.from_bytes(b"boot", "little")]
+    assert (found["raw"], found["qcow2"], found["snapshot"]) == (5, 5, 5)
+    assert (found["discard"], found["random"], found["report"], found["states"]) == (None, 64, True, 2)
+    assert (tmp_path / "raw").read_bytes()[512 * 11 : 512 * 11 + 4] == b"kkkk"
+    assert (tmp_path / "other").read_bytes() == b"boot" * (1 << 19)
