@@ -7,11 +7,20 @@
  * What the initramfs tells it (kvmpy/boot/initramfs.py writes these):
  *   /etc/kvmpy/modules  kernel modules, one path a line, in the order to load them; uncompressed
  *   /etc/kvmpy/exec     NUL-terminated words of the command to run; without this file there is a shell on the console
+ *   /usr/lib/kvmpy/agent  serves the host while all this goes on, if it is wanted (PROTOCOL.md)
+ *   /etc/kvmpy/volumes  folders of the host to mount, in the root that the rest has: for each three NUL-terminated
+ *                       words, the tag of the file system device, the folder here, which is made, and "rw" or "ro"
  * What the kernel's command line tells it, through the environment that the kernel makes of unknown NAME=VALUE words:
  *   TERM, LINES, COLUMNS  the user's terminal, for the interactive shell
  * and, as any initramfs is told (Documentation/admin-guide/kernel-parameters.rst), in /proc/cmdline:
  *   root=/dev/NAME, root=LABEL=NAME or root=UUID=ID  the disk to go on from (by label and id: ext2, ext3, ext4 only);
  *                         with rootfstype=, rw, and init=. There is a shell when that is not possible.
+ *   ip=ADDRESS::GATEWAY:MASK::eth0:off:NAMESERVER
+ *                         (Documentation/admin-guide/nfs/nfsroot.rst) the first network card, and /etc/resolv.conf
+ *   kvmpy.root=TAG        the folder of the host with this tag becomes the root, with a tmpfs above it that takes all
+ *                         writes; the machine ends when that cannot be done
+ *   kvmpy.agent=1         start the agent, in the root that the rest is to have
+ *   kvmpy.agent=only      start it, and run neither command, shell nor the disk's init: power off when it ends
  *
  * What it tells the virtual machine monitor:
  *   port 0x80, byte 0x41                 userspace reached (Cloud Hypervisor's debug port code)
@@ -27,21 +36,19 @@
  * The command has /dev/null as its input and one pipe as both outputs, which is copied to the console byte for byte
  * (no "\n" to "\r\n"). The kernel's own messages are kept off the console meanwhile, except emergencies and panics.
  */
-#include <asm/errno.h>
-#include <asm/fcntl.h>
 #include <asm/ioctls.h>
 #include <asm/poll.h>
 #include <asm/signal.h>
 #include <asm/stat.h>
 #include <asm/termbits.h>
 #include <asm/termios.h>
-#include <asm/unistd.h>
-#include <linux/mman.h>
 #include <linux/mount.h>
 #include <linux/reboot.h>
 #include <linux/time.h>
 #include <linux/utsname.h>
 #include <linux/wait.h>
+
+#include "free.h"
 
 enum {
 	PORT_DELAY = 0x80,
@@ -55,136 +62,9 @@ enum {
 };
 #define BOOT_TIMER 0xc0000000UL
 
-/* System calls. */
-
-static long syscall6(long number, long a, long b, long c, long d, long e, long f)
-{
-	register long r10 __asm__("r10") = d;
-	register long r8 __asm__("r8") = e;
-	register long r9 __asm__("r9") = f;
-	long result;
-
-	__asm__ volatile("syscall"
-			 : "=a"(result)
-			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
-			 : "rcx", "r11", "memory");
-	return result;
-}
-#define SYS_(n, a, b, c, d, e, f, ...) \
-	syscall6(n, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
-#define SYS(name, ...) SYS_(__NR_##name, ##__VA_ARGS__, 0, 0, 0, 0, 0, 0)
-
 static void outb(unsigned char value, unsigned short port)
 {
 	__asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port));
-}
-
-/* Strings. gcc may call the mem functions on its own. */
-
-void *memcpy(void *to, const void *from, unsigned long size)
-{
-	for (unsigned long i = 0; i < size; i++)
-		((char *)to)[i] = ((const char *)from)[i];
-	return to;
-}
-
-void *memset(void *to, int value, unsigned long size)
-{
-	for (unsigned long i = 0; i < size; i++)
-		((char *)to)[i] = value;
-	return to;
-}
-
-static unsigned long length(const char *text)
-{
-	unsigned long n = 0;
-
-	while (text[n])
-		n++;
-	return n;
-}
-
-static int same(const char *a, const char *b)
-{
-	while (*a && *a == *b)
-		a++, b++;
-	return *a == *b;
-}
-
-/* What follows `prefix` in `text`, or NULL. */
-static const char *after(const char *text, const char *prefix)
-{
-	for (; *prefix; text++, prefix++)
-		if (*text != *prefix)
-			return 0;
-	return text;
-}
-
-static int contains(const char *text, const char *part)
-{
-	for (; *text; text++)
-		if (after(text, part))
-			return 1;
-	return 0;
-}
-
-/* The number at `*text` in `base`; moves `*text` past it. */
-static unsigned long number(const char **text, unsigned base)
-{
-	unsigned long value = 0;
-
-	for (;; ++*text) {
-		unsigned digit = **text >= 'a' ? **text - 'a' + 10u : **text - '0' + 0u;
-
-		if (digit >= base)
-			return value;
-		value = value * base + digit;
-	}
-}
-
-/* Append `text` to `buf` of `size` bytes, cutting what does not fit; always NUL-terminated. */
-static void append(char *buf, unsigned long size, const char *text)
-{
-	unsigned long at = length(buf);
-
-	while (*text && at + 1 < size)
-		buf[at++] = *text++;
-	buf[at] = 0;
-}
-
-/* Append `value` in decimal, at least `digits` wide. */
-static void append_number(char *buf, unsigned long size, unsigned long value, int digits)
-{
-	char text[24];
-	int at = sizeof text - 1;
-
-	text[at] = 0;
-	do {
-		text[--at] = '0' + value % 10;
-		value /= 10;
-	} while (--digits > 0 || value);
-	append(buf, size, text + at);
-}
-
-/* Files. */
-
-static void write_all(int fd, const char *data, unsigned long size)
-{
-	while (size) {
-		long n = SYS(write, fd, data, size);
-
-		if (n == -EINTR || n == -EAGAIN)
-			continue;
-		if (n <= 0)
-			return;
-		data += n;
-		size -= n;
-	}
-}
-
-static void print(const char *text)
-{
-	write_all(1, text, length(text));
 }
 
 /* "kvmpy init: WHAT NAME: WHY", for the two arguments that most messages have. */
@@ -208,28 +88,6 @@ static void complain(const char *what, const char *name, long error)
 	print(line);
 }
 
-/* The whole of a file followed by a NUL, its size in `*size`; NULL when it cannot be had. Never freed. */
-static char *slurp(const char *path, unsigned long *size)
-{
-	long fd = SYS(open, path, O_RDONLY | O_CLOEXEC);
-	long end, data, n;
-
-	if (fd < 0)
-		return 0;
-	end = SYS(lseek, fd, 0, 2 /* SEEK_END */);
-	SYS(lseek, fd, 0, 0 /* SEEK_SET */);
-	data = SYS(mmap, 0, end + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	*size = 0;
-	if (end < 0 || (unsigned long)data > -4096UL) {
-		SYS(close, fd);
-		return 0;
-	}
-	while (*size < (unsigned long)end && (n = SYS(read, fd, data + *size, end - *size)) > 0)
-		*size += n;
-	SYS(close, fd);
-	return (char *)data;
-}
-
 /* The start of a file whose size is not known before it is read (procfs, sysfs), as a string. */
 static char *peek(const char *path, char *buf, unsigned long size)
 {
@@ -243,16 +101,6 @@ static char *peek(const char *path, char *buf, unsigned long size)
 	if (fd >= 0)
 		SYS(close, fd);
 	return buf;
-}
-
-static void put(const char *path, const char *text)
-{
-	long fd = SYS(open, path, O_WRONLY | O_CLOEXEC);
-
-	if (fd >= 0) {
-		write_all(fd, text, length(text));
-		SYS(close, fd);
-	}
 }
 
 /* Call `each` with the name of every entry of a folder but the dot ones; 0, or a negative errno. */
@@ -277,6 +125,31 @@ static long list(const char *path, void (*each)(const char *folder, const char *
 	}
 	SYS(close, fd);
 	return n;
+}
+
+/* The kernel's command line. */
+
+static char cmdline[PAGE];
+
+/* What follows `name` in the last word of the kernel's command line that begins with it, up to the word's end; NULL. */
+static const char *option(const char *name, char *value, unsigned long size)
+{
+	const char *found = 0;
+
+	for (const char *at = cmdline; *at; at++) {
+		const char *rest = at == cmdline || at[-1] == ' ' ? after(at, name) : 0;
+		unsigned long n = 0;
+
+		if (!rest)
+			continue;
+		while (rest[n] && rest[n] != ' ' && rest[n] != '\n' && n + 1 < size) {
+			value[n] = rest[n];
+			n++;
+		}
+		value[n] = 0;
+		found = value;
+	}
+	return found;
 }
 
 /* The machine. */
@@ -377,6 +250,35 @@ static void load_modules(void)
 	}
 }
 
+static char *volumes; /* what /etc/kvmpy/volumes has */
+static unsigned long volumes_size;
+
+/* Mount them; 0, or the negative errno of the last one that could not be. */
+static long mount_volumes(void)
+{
+	long failed = 0;
+
+	for (char *word = volumes; volumes && word < volumes + volumes_size;) {
+		char *tag = word, *folder = tag + length(tag) + 1, *how = folder + length(folder) + 1;
+		unsigned long flags = MS_NODEV | (same(how, "ro") ? MS_RDONLY : 0);
+		long error;
+
+		for (char *at = folder + 1; *at; at++) {
+			if (*at != '/')
+				continue;
+			*at = 0;
+			SYS(mkdir, folder, 0755);
+			*at = '/';
+		}
+		SYS(mkdir, folder, 0755);
+		error = SYS(mount, tag, folder, "virtiofs", flags, 0);
+		if (error)
+			complain("cannot mount the volume ", folder, failed = error);
+		word = how + length(how) + 1;
+	}
+	return failed;
+}
+
 static void name_host(void)
 {
 	struct new_utsname names;
@@ -397,6 +299,77 @@ static void loopback_up(void)
 	if (fd < 0)
 		return;
 	SYS(ioctl, fd, 0x8914 /* SIOCSIFFLAGS */, &request);
+	SYS(close, fd);
+}
+
+/* The number of the next part of an address, or of a whole one in network order, from text that it is moved behind. */
+static unsigned address_in(const char **text)
+{
+	unsigned address = 0;
+
+	for (int i = 0; i < 32; i += 8) {
+		address |= (number(text, 10) & 0xff) << i;
+		*text += i < 24 && **text == '.';
+	}
+	return address;
+}
+
+/* Set up eth0 as ip= says, if it does. */
+static void network_up(void)
+{
+	enum { SET_FLAGS = 0x8914, SET_ADDRESS = 0x8916, SET_MASK = 0x891c, ADD_ROUTE = 0x890b }; /* linux/sockios.h */
+	struct address { /* struct sockaddr_in */
+		unsigned short family, port;
+		unsigned address;
+		char zero[8];
+	};
+	struct { /* struct ifreq */
+		char name[16];
+		union {
+			struct address address;
+			short flags;
+			char room[24];
+		};
+	} request = {.name = "eth0"};
+	struct { /* struct rtentry */
+		unsigned long pad1;
+		struct address target, gateway, mask;
+		unsigned short flags;
+		short pad2;
+		unsigned long pad3[2];
+		short metric;
+		char *device;
+		unsigned long mtu, window;
+		unsigned short timeout;
+	} route = {.target.family = 2, .gateway.family = 2, .mask.family = 2, .flags = 3 /* RTF_UP | RTF_GATEWAY */};
+	char words[128], resolver[80] = "nameserver ";
+	const char *at = option("ip=", words, sizeof words);
+	long fd = at ? SYS(socket, 2 /* AF_INET */, 2 /* SOCK_DGRAM */, 0) : -1, error;
+
+	if (fd < 0)
+		return;
+	request.address.family = 2;
+	request.address.address = address_in(&at);
+	at += after(at, "::") ? 2 : 0;
+	route.gateway.address = address_in(&at);
+	at += *at == ':';
+	error = SYS(ioctl, fd, SET_ADDRESS, &request);
+	request.address.address = address_in(&at);
+	error = error ? error : SYS(ioctl, fd, SET_MASK, &request);
+	request.flags = 1 /* IFF_UP */;
+	error = error ? error : SYS(ioctl, fd, SET_FLAGS, &request);
+	error = error ? error : SYS(ioctl, fd, ADD_ROUTE, &route);
+	if (error)
+		complain("cannot set up the network card ", request.name, error);
+	SYS(close, fd);
+	at = after(at, "::eth0:off:");
+	if (!at)
+		return;
+	append(resolver, sizeof resolver, at);
+	append(resolver, sizeof resolver, "\n");
+	SYS(unlink, "/etc/resolv.conf"); /* it may be a link to what is not here */
+	fd = SYS(open, "/etc/resolv.conf", O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+	write_all(fd, resolver, length(resolver));
 	SYS(close, fd);
 }
 
@@ -458,7 +431,7 @@ static volatile unsigned long arrived; /* bit n: signal n */
 static char term[64] = "TERM=vt220";
 static unsigned long lines, columns;
 static char *environment[] = {
-	"PATH=/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin",
+	"PATH=" DEFAULT_PATH,
 	"HOME=/root",
 	"USER=root",
 	"LOGNAME=root",
@@ -793,30 +766,103 @@ static void run_shell(void)
 	end(LINUX_REBOOT_CMD_POWER_OFF, -1);
 }
 
-/* The disk to go on from. */
+/* The agent. */
 
-static char cmdline[PAGE];
+static int agent = -1; /* its file, which the root of a disk may hide */
+static int agent_only;
 
-/* What follows `name` in the last word of the kernel's command line that begins with it, up to the word's end; NULL. */
-static const char *option(const char *name, char *value, unsigned long size)
+static void find_agent(void)
 {
-	const char *found = 0;
+	char how[8];
+	long fd;
 
-	for (const char *at = cmdline; *at; at++) {
-		const char *rest = at == cmdline || at[-1] == ' ' ? after(at, name) : 0;
-		unsigned long n = 0;
-
-		if (!rest)
-			continue;
-		while (rest[n] && rest[n] != ' ' && rest[n] != '\n' && n + 1 < size) {
-			value[n] = rest[n];
-			n++;
-		}
-		value[n] = 0;
-		found = value;
-	}
-	return found;
+	if (!option("kvmpy.agent=", how, sizeof how) || same(how, "0"))
+		return;
+	fd = SYS(open, "/usr/lib/kvmpy/agent", O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		complain("no agent in this image: ", "/usr/lib/kvmpy/agent", fd);
+	else
+		agent_only = same(how, "only");
+	agent = fd;
 }
+
+/* Start the agent, if there is to be one. Only returns when there is more to do than to wait for its end. */
+static void start_agent(void)
+{
+	char *words[] = {"kvmpy-agent", 0};
+	long pid = agent < 0 ? -1 : SYS(fork);
+
+	if (pid == 0) {
+		SYS(setsid);
+		set_signals(SIG_DFL);
+		SYS(execveat, agent, "", words, environment, 0x1000 /* AT_EMPTY_PATH */);
+		complain("cannot execute the agent", "", -ENOEXEC);
+		SYS(exit_group, NOT_EXECUTABLE);
+	}
+	if (!agent_only)
+		return;
+	wait_for(pid, -1);
+	end(LINUX_REBOOT_CMD_POWER_OFF, -1);
+}
+
+/* Make what is mounted at /.root the root, with the mounts of the machine in it. */
+static void enter_root(void)
+{
+	static const char *const moved[] = {"/dev", "/proc", "/sys"};
+	char path[32];
+
+	for (unsigned i = 0; i < sizeof moved / sizeof moved[0]; i++) {
+		path[0] = 0;
+		append(path, sizeof path, "/.root");
+		append(path, sizeof path, moved[i]);
+		SYS(mkdir, path, 0755);
+		SYS(mount, moved[i], path, 0, MS_MOVE, 0);
+	}
+	SYS(chdir, "/.root");
+	SYS(mount, ".", "/", 0, MS_MOVE, 0);
+	SYS(chroot, ".");
+	SYS(chdir, "/");
+}
+
+/* A folder of the host as the root. */
+
+/* Mount the share `tag` as the root, below a tmpfs; 0 or a negative errno. */
+static long mount_root_share(const char *tag)
+{
+	long error;
+
+	SYS(mkdir, "/.share", 0755);
+	SYS(mkdir, "/.writes", 0755);
+	SYS(mkdir, "/.root", 0755);
+	error = SYS(mount, tag, "/.share", "virtiofs", MS_RDONLY, 0);
+	error = error ? error : SYS(mount, "tmpfs", "/.writes", "tmpfs", 0, "mode=0755");
+	SYS(mkdir, "/.writes/upper", 0755);
+	SYS(mkdir, "/.writes/work", 0755);
+	error = error ? error : SYS(mount, "root", "/.root", "overlay", 0,
+				    "lowerdir=/.share,upperdir=/.writes/upper,workdir=/.writes/work");
+	if (error)
+		return error;
+	enter_root();
+	/* What is in the host's is of no use to anybody here, or not for them. */
+	SYS(mkdir, "/tmp", 0);
+	SYS(mkdir, "/run", 0);
+	SYS(mount, "tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755");
+	return SYS(mount, "tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
+}
+
+/* Have the root that kvmpy.root= asks for, if it does. */
+static void enter_share(void)
+{
+	char tag[40];
+	long error = option("kvmpy.root=", tag, sizeof tag) ? mount_root_share(tag) : 0;
+
+	if (error) {
+		complain("cannot mount the root ", tag, error);
+		end(LINUX_REBOOT_CMD_POWER_OFF, -1);
+	}
+}
+
+/* The disk to go on from. */
 
 static const char *wanted; /* LABEL=... or UUID=... */
 static char root[128];     /* the node of the root disk, once it is found */
@@ -909,7 +955,6 @@ static long mount_root(unsigned long flags)
 static void boot_disk(char **argv)
 {
 	static const char *const inits[] = {"/sbin/init", "/etc/init", "/bin/init", "/bin/sh"};
-	static const char *const moved[] = {"/dev", "/proc", "/sys"};
 	char spec[128], given[128], path[256], rw[8];
 	const char *init = option("init=", given, sizeof given);
 	struct stat status;
@@ -936,20 +981,13 @@ static void boot_disk(char **argv)
 		if (SYS(lstat, path, &status) == 0) /* not access: the link is to be followed from the new root */
 			init = inits[i];
 	}
-	if (!init) {
+	if (!init && !agent_only) {
 		complain("no init on the disk, which is at /.root: ", root, 0);
 		return;
 	}
-	for (unsigned i = 0; i < sizeof moved / sizeof moved[0]; i++) {
-		path[0] = 0;
-		append(path, sizeof path, "/.root");
-		append(path, sizeof path, moved[i]);
-		SYS(mount, moved[i], path, 0, MS_MOVE, 0);
-	}
-	SYS(chdir, "/.root");
-	SYS(mount, ".", "/", 0, MS_MOVE, 0);
-	SYS(chroot, ".");
-	SYS(chdir, "/");
+	enter_root();
+	mount_volumes();
+	start_agent();
 	set_signals(SIG_DFL);
 	argv[0] = (char *)init;
 	SYS(exit_group, run(argv));
@@ -972,7 +1010,6 @@ static void read_environment(char **envp)
 	}
 }
 
-/* `stack` is argc, argv, NULL, envp, NULL, as the kernel leaves it (System V ABI, x86-64, 3.4.1). */
 __attribute__((used, noreturn)) static void start(unsigned long *stack)
 {
 	struct termios settings;
@@ -1002,16 +1039,22 @@ __attribute__((used, noreturn)) static void start(unsigned long *stack)
 	make_nodes();
 	name_host();
 	loopback_up();
-	if (command)
-		run_command(command, size);
+	volumes = slurp("/etc/kvmpy/volumes", &volumes_size);
 	peek("/proc/cmdline", cmdline, sizeof cmdline);
+	find_agent();
+	enter_share();
+	network_up();
+	if (command) {
+		mount_volumes();
+		start_agent();
+		run_command(command, size);
+	}
 	boot_disk((char **)stack + 1);
+	if (mount_volumes() && agent_only)
+		end(LINUX_REBOOT_CMD_POWER_OFF, -1);
+	start_agent();
 	run_shell();
 	__builtin_unreachable();
 }
 
-__asm__(".globl _start\n"
-	"_start: xor %ebp, %ebp\n"
-	"mov %rsp, %rdi\n"
-	"and $-16, %rsp\n"
-	"call start\n");
+ENTRY_POINT;

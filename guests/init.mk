@@ -7,5 +7,5 @@ INIT_CFLAGS := -std=gnu11 -Os -Wall -Wextra -Werror -ffreestanding -nostdlib -st
 .PHONY: init
 init: $(INIT)
 
-$(INIT): init.c init.mk
+$(INIT): init.c free.h init.mk
 	$(CC) $(INIT_CFLAGS) -o $@ $<

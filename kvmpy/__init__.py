@@ -20,12 +20,18 @@ if TYPE_CHECKING:
     from .core.board import Board as Board
     from .core.board import Reason as Reason
     from .core.board import Stop as Stop
+    from .core.errors import AgentError as AgentError
+    from .core.errors import CommandError as CommandError
+    from .core.errors import CommandFailed as CommandFailed
     from .core.errors import ConfigError as ConfigError
+    from .core.errors import GuestFileError as GuestFileError
+    from .core.errors import GuestLost as GuestLost
     from .core.errors import HostError as HostError
     from .core.errors import ImageError as ImageError
     from .core.errors import KvmError as KvmError
     from .core.errors import KvmpyError as KvmpyError
     from .core.errors import NotFoundError as NotFoundError
+    from .core.errors import TimedOut as TimedOut
     from .core.regs import Bits as Bits
     from .core.regs import Device as Device
     from .core.regs import Field as Field
@@ -33,20 +39,28 @@ if TYPE_CHECKING:
     from .core.regs import RegisterDevice as RegisterDevice
     from .core.regs import bit as bit
     from .machine import Machine as Machine
+    from .sandbox import Sandbox as Sandbox
 
 _HOMES = {
     "Machine": "machine",
+    "Sandbox": "sandbox",
     "MachineConfig": "config",
     "ConsoleTimeout": "console",
     "Board": "core.board",
     "Reason": "core.board",
     "Stop": "core.board",
+    "AgentError": "core.errors",
+    "CommandError": "core.errors",
+    "CommandFailed": "core.errors",
     "ConfigError": "core.errors",
+    "GuestFileError": "core.errors",
+    "GuestLost": "core.errors",
     "HostError": "core.errors",
     "ImageError": "core.errors",
     "KvmError": "core.errors",
     "KvmpyError": "core.errors",
     "NotFoundError": "core.errors",
+    "TimedOut": "core.errors",
     "Bits": "core.regs",
     "Device": "core.regs",
     "Field": "core.regs",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status (see cli/__init__.py for the table)."""
-    from kvmpy.cli import run
+    from kvmpy.cli import main as run
 
     return run(sys.argv[1:] if argv is None else list(argv))
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The hot path of virtio queues: the twin of virtio/queue.py and of what virtio/blk.py does with ordinary requests.
+ * The hot path of virtio queues: the twin of virtio/queue.py, and of what virtio/blk.py does with ordinary requests and
+ * virtio/net.py with ordinary frames on stream sockets (host/netsocket.py) and taps (host/tap.py).
  *
  * What is not ordinary - a rule of the queue broken, an odd request, an error of the host - is left in the ring as if
  * nobody had looked at it, and Python, which is told so, takes it from there: all errors have one home. A guest may
@@ -12,8 +13,10 @@
 #include <errno.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { MAX_REGIONS = 8, MAX_SEGMENTS = 256 };
 
@@ -22,6 +25,7 @@ enum outcome {
     KVMPY_DRAINED, /* nothing is left, and the driver will not kick: call again */
     KVMPY_MORE,    /* there may be more, but it is time to interrupt */
     KVMPY_ODD,     /* the next one is not ordinary */
+    KVMPY_BLOCKED, /* the host has no room, or no frame */
 };
 
 /* RAM that is contiguous in guest-physical space, as core/memory.py has it; sorted by address. */
@@ -43,6 +47,34 @@ struct kvmpy_disk {
     uint64_t sectors;
     int32_t fd;
     uint8_t writable; /* and the driver flushes: where it cannot, each write has to reach the disk */
+};
+
+enum { /* bytes, as host/netsocket.py and host/frames.py have them */
+    LENGTH = 4,
+    VNET_HEADER = 12,
+    ETH_HEADER = 14,
+    MAX_FRAME = ETH_HEADER + 0xFFFF,
+};
+
+/* A stream socket that carries frames, each behind its length, which is big-endian. */
+struct kvmpy_wire {
+    uint8_t *buffer;           /* of `size` bytes, more than a frame: what was read and not yet given out ... */
+    uint32_t size, start, end; /* ... is [start, end) of it */
+    uint8_t *rest;             /* room for LENGTH + MAX_FRAME: of a frame that was taken in part ... */
+    uint32_t rest_size;        /* ... so much has yet to be sent */
+    int32_t fd;
+    uint32_t longest; /* frame for the guest */
+    uint8_t mergeable;
+};
+
+/* A tap interface; each frame has a struct virtio_net_hdr in front. */
+struct kvmpy_tap {
+    uint8_t *buffer; /* of `size` bytes, more than a frame with its header */
+    uint32_t size, kept;
+    int32_t fd;
+    uint32_t longest, longest_gso;             /* frames for the guest: whole ones, unsegmented ones */
+    uint8_t host_csum, guest_csum, mergeable;  /* features */
+    uint8_t host_gso[256], guest_gso[256];     /* for each gso_type: whether it may be */
 };
 
 /* struct virtq_desc (VIRTIO 1.2, 2.7.5) */
@@ -107,6 +139,15 @@ static void ask_for_kick(struct kvmpy_queue *queue)
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
+/* Whether there is no entry; then the driver will kick for the next one. */
+static int is_empty(struct kvmpy_queue *queue)
+{
+    if (avail_index(queue) != queue->next_avail)
+        return 0;
+    ask_for_kick(queue);
+    return avail_index(queue) == queue->next_avail;
+}
+
 /* Wait up to `length` ns for an entry that the driver makes available without a kick. */
 static void wait_for_entry(const struct kvmpy_queue *queue, uint64_t length)
 {
@@ -163,12 +204,32 @@ static int get_chain(const struct kvmpy_queue *queue, unsigned head, struct chai
     }
 }
 
-/* Give a chain back, into which `written` bytes were written. */
-static void push(struct kvmpy_queue *queue, uint32_t head, uint32_t written)
+/* Whether the driver may have made the entries available that lie between `at` and `index`; at most as many as the queue
+ * has, and those that are under way are not among them (2.7.13). */
+static int may_be(const struct kvmpy_queue *queue, uint16_t at, uint16_t index)
+{
+    unsigned count = (uint16_t)(index - at), under_way = (uint16_t)(at - queue->next_used);
+    return count + under_way <= queue->size;
+}
+
+/* The chain that entry `at` of the available ring names; 0 when it breaks a rule. */
+static int get_entry(const struct kvmpy_queue *queue, uint16_t at, struct chain *chain)
+{
+    size_t slot = at % queue->size;
+    return get_chain(queue, __atomic_load_n(number(queue->avail, 4 + 2 * slot), __ATOMIC_RELAXED), chain);
+}
+
+/* Fill in the next used element: a chain into which `written` bytes were written. */
+static void put_used(struct kvmpy_queue *queue, uint32_t head, uint32_t written)
 {
     uint32_t element[2] = {head, written};
-    memcpy(queue->used + 4 + sizeof element * (queue->next_used % queue->size), element, sizeof element);
-    __atomic_store_n(number(queue->used, 2), ++queue->next_used, __ATOMIC_RELEASE); /* last (2.7.8.2) */
+    memcpy(queue->used + 4 + sizeof element * (queue->next_used++ % queue->size), element, sizeof element);
+}
+
+/* Give the driver what `put_used` has filled in, in one store (2.7.8.2). */
+static void publish(struct kvmpy_queue *queue)
+{
+    __atomic_store_n(number(queue->used, 2), queue->next_used, __ATOMIC_RELEASE);
 }
 
 /* Copy the first `size` readable bytes out of the chain; 0 when there are fewer. */
@@ -255,31 +316,339 @@ static int kvmpy_serve_disk(struct kvmpy_queue *queue, const struct kvmpy_disk *
                 return KVMPY_DRAINED;
             if (patience)
                 wait_for_entry(queue, patience);
-            index = avail_index(queue);
-            if (index == queue->next_avail) {
-                ask_for_kick(queue);
-                index = avail_index(queue);
-            }
-            if (index == queue->next_avail)
+            if (is_empty(queue))
                 return KVMPY_EMPTY;
+            index = avail_index(queue);
         }
         if (!served)
             end = now() + length;
         else if (served >= limit || now() >= end)
             return KVMPY_MORE;
-        if ((uint16_t)(index - queue->next_avail) > queue->size)
-            return KVMPY_ODD;
-        unsigned slot = queue->next_avail % queue->size;
-        uint16_t head = __atomic_load_n(number(queue->avail, 4 + 2 * (size_t)slot), __ATOMIC_RELAXED);
         uint8_t *status;
-        uint64_t written;
-        if (!get_chain(queue, head, &chain))
+        if (!may_be(queue, queue->next_avail, index) || !get_entry(queue, queue->next_avail, &chain))
             return KVMPY_ODD;
-        written = chain.capacity;
+        uint64_t written = chain.capacity;
         if (!blk_request(disk, &chain, &status))
             return KVMPY_ODD;
         *status = S_OK;
         queue->next_avail++;
-        push(queue, head, (uint32_t)written); /* below 4 GiB: the chain has a header as well */
+        put_used(queue, chain.head, (uint32_t)written); /* below 4 GiB: the chain has a header as well */
+        publish(queue);
     }
+}
+
+/* Network devices on a stream socket. */
+
+enum { MAX_FRAMES = 64, MAX_VECTORS = 1024 /* IOV_MAX */ };
+
+/* Frames on their way to the host: `vector` has a length and the frame's bytes for each. */
+struct outgoing {
+    unsigned frames, vectors;
+    uint64_t size;
+    struct iovec vector[MAX_VECTORS];
+    struct {
+        uint8_t length[LENGTH];
+        unsigned head;
+        uint64_t end; /* of the frame, in the bytes of all */
+    } frame[MAX_FRAMES];
+};
+
+/* Collect up to `limit` of the frames that are available; 0 when one that is not ordinary follows them. */
+static int collect_frames(const struct kvmpy_queue *queue, struct outgoing *out, uint32_t limit)
+{
+    struct chain chain;
+    out->frames = out->vectors = 0;
+    out->size = 0;
+    for (uint16_t at = queue->next_avail; out->frames < limit && out->frames < MAX_FRAMES; at++) {
+        uint16_t index = avail_index(queue);
+        if (index == at)
+            break;
+        uint8_t header[VNET_HEADER]; /* without offloads there is nothing in it */
+        if (!may_be(queue, at, index) || !get_entry(queue, at, &chain) || !take_front(&chain, header, sizeof header))
+            return 0;
+        if (chain.size < ETH_HEADER || chain.size > MAX_FRAME)
+            return 0;
+        unsigned pieces = chain.readable - chain.first;
+        if (out->vectors + 1 + pieces > MAX_VECTORS)
+            break; /* the next time: MAX_SEGMENTS always fit */
+        uint8_t *length = out->frame[out->frames].length;
+        for (int i = 0; i < LENGTH; i++)
+            length[i] = (uint8_t)(chain.size >> 8 * (LENGTH - 1 - i));
+        out->vector[out->vectors++] = (struct iovec){length, LENGTH};
+        memcpy(&out->vector[out->vectors], &chain.segment[chain.first], pieces * sizeof *chain.segment);
+        out->vectors += pieces;
+        out->size += LENGTH + chain.size;
+        out->frame[out->frames].head = chain.head;
+        out->frame[out->frames++].end = out->size;
+    }
+    return 1;
+}
+
+/* Keep the bytes [from, to) of what was to be sent, at most one frame with its length. */
+static void keep_rest(struct kvmpy_wire *wire, const struct outgoing *out, uint64_t from, uint64_t to)
+{
+    uint64_t at = 0;
+    for (unsigned i = 0; i < out->vectors && from < to; i++) {
+        uint64_t length = out->vector[i].iov_len, offset = from - at;
+        if (from < at + length) {
+            uint64_t part = (to < at + length ? to : at + length) - from;
+            memcpy(wire->rest + wire->rest_size, (uint8_t *)out->vector[i].iov_base + offset, part);
+            wire->rest_size += (uint32_t)part;
+            from += part;
+        }
+        at += length;
+    }
+}
+
+/* Send up to `limit` frames, for little more than `length` ns, when nothing is left of an earlier one. Returns an enum
+ * outcome, not DRAINED. */
+static int kvmpy_send_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit, uint64_t length)
+{
+    struct outgoing out;
+    wire->rest_size = 0;
+    for (uint64_t end = now() + length; limit;) {
+        int ordinary = collect_frames(queue, &out, limit);
+        if (!out.frames) {
+            if (!ordinary)
+                return KVMPY_ODD;
+            if (is_empty(queue))
+                return KVMPY_EMPTY;
+            limit--; /* a driver that takes entries back cannot keep us here */
+            continue;
+        }
+        struct msghdr message = {.msg_iov = out.vector, .msg_iovlen = out.vectors};
+        ssize_t done;
+        do {
+            done = sendmsg(wire->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        } while (done < 0 && errno == EINTR);
+        if (done < 0)
+            return errno == EAGAIN ? KVMPY_BLOCKED : KVMPY_ODD;
+        uint64_t sent = (uint64_t)done, begin = 0;
+        for (unsigned i = 0; i < out.frames && begin < sent; begin = out.frame[i++].end) {
+            if (sent < out.frame[i].end)
+                keep_rest(wire, &out, sent, out.frame[i].end);
+            put_used(queue, out.frame[i].head, 0);
+            queue->next_avail++;
+            limit--;
+        }
+        publish(queue);
+        if (sent < out.size)
+            return KVMPY_BLOCKED;
+        if (now() >= end)
+            break;
+    }
+    return KVMPY_MORE;
+}
+
+/* Read until there is a whole frame, and give its size; 0 with `*outcome` set when there is none. */
+static uint32_t next_frame(struct kvmpy_wire *wire, int *outcome)
+{
+    for (;;) { /* each round reads something: at most until the buffer is full, which is more than a frame */
+        uint32_t have = wire->end - wire->start;
+        if (have >= LENGTH) {
+            uint32_t size = 0;
+            for (int i = 0; i < LENGTH; i++)
+                size = size << 8 | wire->buffer[wire->start + (uint32_t)i];
+            *outcome = KVMPY_ODD;
+            if (!size || size > MAX_FRAME)
+                return 0;
+            if (have >= LENGTH + size)
+                return size;
+        }
+        memmove(wire->buffer, wire->buffer + wire->start, have);
+        wire->start = 0;
+        wire->end = have;
+        ssize_t count;
+        do {
+            count = recv(wire->fd, wire->buffer + have, wire->size - have, MSG_DONTWAIT);
+        } while (count < 0 && errno == EINTR);
+        *outcome = count < 0 && errno == EAGAIN ? KVMPY_BLOCKED : KVMPY_ODD;
+        if (count <= 0)
+            return 0;
+        wire->end += (uint32_t)count;
+    }
+}
+
+/* Chains with room for a frame. */
+struct incoming {
+    unsigned chains, vectors;
+    uint64_t room;
+    struct iovec vector[MAX_VECTORS];
+    struct {
+        unsigned head;
+        uint64_t room;
+    } chain[MAX_VECTORS];
+};
+
+/* Collect chains until there are `size` bytes of room; 0 when there are not, or they are not ordinary. */
+static int collect_room(const struct kvmpy_queue *queue, struct incoming *in, uint64_t size, int mergeable)
+{
+    struct chain chain;
+    in->chains = in->vectors = 0;
+    in->room = 0;
+    for (uint16_t at = queue->next_avail; in->room < size; at++) {
+        uint16_t index = avail_index(queue);
+        if (index == at || !may_be(queue, at, index) || !get_entry(queue, at, &chain))
+            return 0;
+        if (in->chains ? !mergeable || in->chains == queue->size : chain.capacity < VNET_HEADER)
+            return 0;
+        unsigned pieces = chain.segments - chain.readable;
+        if (in->vectors + pieces > MAX_VECTORS || in->chains == MAX_VECTORS)
+            return 0;
+        memcpy(&in->vector[in->vectors], &chain.segment[chain.readable], pieces * sizeof *chain.segment);
+        in->vectors += pieces;
+        in->room += chain.capacity;
+        in->chain[in->chains].head = chain.head;
+        in->chain[in->chains++].room = chain.capacity;
+    }
+    return 1;
+}
+
+/* Copy `size` bytes into the room that is left; what lies behind them remains. There is as much. */
+static void scatter(struct iovec **room, const uint8_t *data, size_t size)
+{
+    while (size) {
+        struct iovec *piece = *room;
+        size_t part = piece->iov_len < size ? piece->iov_len : size;
+        memcpy(piece->iov_base, data, part);
+        data += part;
+        size -= part;
+        piece->iov_base = (uint8_t *)piece->iov_base + part;
+        piece->iov_len -= part;
+        *room += !piece->iov_len;
+    }
+}
+
+/* Give the driver a frame in the chains of `in`, which have room for it: all but the last get full. */
+static void deliver(struct kvmpy_queue *queue, struct incoming *in, const void *header, const uint8_t *frame, uint32_t size)
+{
+    struct iovec *room = in->vector;
+    uint64_t left = VNET_HEADER + size;
+    scatter(&room, header, VNET_HEADER);
+    scatter(&room, frame, size);
+    for (unsigned i = 0; i < in->chains; i++) {
+        uint64_t written = in->chain[i].room < left ? in->chain[i].room : left;
+        put_used(queue, in->chain[i].head, (uint32_t)written);
+        left -= written;
+    }
+    queue->next_avail = (uint16_t)(queue->next_avail + in->chains);
+    publish(queue);
+}
+
+/* Give the driver up to `limit` frames, for little more than `length` ns. Returns an enum outcome, not DRAINED. */
+static int kvmpy_receive_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit, uint64_t length)
+{
+    struct incoming in;
+    uint64_t end = now() + length;
+    for (uint32_t served = 0; served < limit && (!served || now() < end); served++) {
+        int outcome;
+        if (is_empty(queue))
+            return KVMPY_EMPTY;
+        uint32_t size = next_frame(wire, &outcome);
+        if (!size && outcome == KVMPY_BLOCKED && !collect_room(queue, &in, VNET_HEADER, 0))
+            return KVMPY_ODD; /* what waits for a frame must be fit for one */
+        if (!size)
+            return outcome;
+        if (size < ETH_HEADER || size > wire->longest)
+            return KVMPY_ODD;
+        if (!collect_room(queue, &in, VNET_HEADER + size, wire->mergeable))
+            return KVMPY_ODD;
+        uint8_t header[VNET_HEADER] = {0}; /* struct virtio_net_hdr (VIRTIO 1.2, 5.1.6), num_buffers last */
+        header[VNET_HEADER - 2] = (uint8_t)in.chains;
+        header[VNET_HEADER - 1] = (uint8_t)(in.chains >> 8);
+        deliver(queue, &in, header, wire->buffer + wire->start + LENGTH, size);
+        wire->start += LENGTH + size;
+    }
+    return KVMPY_MORE;
+}
+
+/* Network devices on a tap interface, whose frames have a header and may be unfinished. */
+
+enum { HDR_F_NEEDS_CSUM = 1, GSO_NONE = 0, CHECKSUM = 2 }; /* VIRTIO 1.2, 5.1.6 */
+
+struct net_header { /* struct virtio_net_hdr */
+    uint8_t flags, gso_type;
+    uint16_t hdr_len, gso_size, csum_start, csum_offset, num_buffers;
+};
+
+/* Send up to `limit` frames, for little more than `length` ns. Returns an enum outcome, not DRAINED. */
+static int kvmpy_tap_send(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit, uint64_t length)
+{
+    struct chain chain;
+    struct iovec vector[1 + MAX_SEGMENTS];
+    uint64_t end = now() + length;
+    for (uint32_t served = 0; served < limit && (!served || now() < end); served++) {
+        struct net_header header;
+        if (is_empty(queue))
+            return KVMPY_EMPTY;
+        if (!may_be(queue, queue->next_avail, avail_index(queue)) || !get_entry(queue, queue->next_avail, &chain))
+            return KVMPY_ODD;
+        if (!take_front(&chain, &header, sizeof header) || chain.size < ETH_HEADER || chain.size > MAX_FRAME)
+            return KVMPY_ODD;
+        header.flags &= tap->host_csum ? HDR_F_NEEDS_CSUM : 0; /* 5.1.6.2.2: ignore the others */
+        header.num_buffers = 0;
+        if (header.flags && (uint64_t)header.csum_start + header.csum_offset + CHECKSUM > chain.size)
+            return KVMPY_ODD;
+        if (header.gso_type != GSO_NONE && (!tap->host_gso[header.gso_type] || !header.flags || !header.gso_size ||
+                                            header.hdr_len > chain.size))
+            return KVMPY_ODD;
+        unsigned pieces = chain.readable - chain.first;
+        vector[0] = (struct iovec){&header, sizeof header};
+        memcpy(vector + 1, &chain.segment[chain.first], pieces * sizeof *vector);
+        ssize_t done;
+        do {
+            done = writev(tap->fd, vector, (int)(1 + pieces));
+        } while (done < 0 && errno == EINTR);
+        if (done < 0)
+            return errno == EAGAIN ? KVMPY_BLOCKED : KVMPY_ODD;
+        queue->next_avail++;
+        put_used(queue, chain.head, 0);
+        publish(queue);
+    }
+    return KVMPY_MORE;
+}
+
+/* Whether the guest takes the frame of `size` bytes behind `header`, which is changed for it. */
+static int takes_frame(const struct kvmpy_tap *tap, struct net_header *header, uint32_t size)
+{
+    if (!tap->guest_csum) { /* 5.1.6.4.1 */
+        if (header->flags & HDR_F_NEEDS_CSUM)
+            return 0;
+        header->flags = 0;
+    }
+    uint32_t longest = header->gso_type == GSO_NONE ? tap->longest : tap->longest_gso;
+    return (header->gso_type == GSO_NONE || tap->guest_gso[header->gso_type]) && size >= ETH_HEADER && size <= longest;
+}
+
+/* Give the driver up to `limit` frames, for little more than `length` ns. Returns an enum outcome, not DRAINED; with ODD,
+ * `kept` is the size of the frame in the buffer that has not been delivered, 0 when there is none. */
+static int kvmpy_tap_receive(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit, uint64_t length)
+{
+    struct incoming in;
+    uint64_t end = now() + length;
+    tap->kept = 0;
+    for (uint32_t served = 0; served < limit && (!served || now() < end); served++) {
+        if (is_empty(queue))
+            return KVMPY_EMPTY;
+        if (!collect_room(queue, &in, VNET_HEADER, 0))
+            return KVMPY_ODD; /* what waits for a frame must be fit for one */
+        ssize_t count;
+        do {
+            count = read(tap->fd, tap->buffer, tap->size);
+        } while (count < 0 && errno == EINTR);
+        if (count <= 0)
+            return count < 0 && errno == EAGAIN ? KVMPY_BLOCKED : KVMPY_ODD;
+        struct net_header header;
+        uint32_t whole = (uint32_t)count;
+        if (whole >= sizeof header)
+            memcpy(&header, tap->buffer, sizeof header);
+        if (whole < sizeof header || !takes_frame(tap, &header, whole - (uint32_t)sizeof header) ||
+            !collect_room(queue, &in, whole, tap->mergeable)) {
+            tap->kept = whole;
+            return KVMPY_ODD;
+        }
+        header.num_buffers = (uint16_t)in.chains;
+        deliver(queue, &in, &header, tap->buffer + sizeof header, whole - (uint32_t)sizeof header);
+    }
+    return KVMPY_MORE;
 }

@@ -1,8 +1,13 @@
 """The compiled twin of the virtqueues: what ordinary requests need, done without the GIL (_virtqueue.c).
 
-    kvmpy_serve_disk(queue, disk, limit, length, patience)   serve a disk's queue; returns one of lib.KVMPY_*
+    kvmpy_serve_disk(queue, disk, limit, length, patience)   serve a disk's queue
+    kvmpy_send_frames(queue, wire, limit, length)            from a network device's queue to a stream socket
+    kvmpy_receive_frames(queue, wire, limit, length)         the other way
+    kvmpy_tap_send(queue, tap, limit, length)                from a network device's queue to a tap
+    kvmpy_tap_receive(queue, tap, limit, length)             the other way
 
-`queue` and `disk` are `struct kvmpy_queue *` and `struct kvmpy_disk *`, filled in completely: C trusts them.
+Each returns one of lib.KVMPY_* (enum outcome in _virtqueue.c).
+`queue`, `disk`, `wire` and `tap` are `struct kvmpy_queue *` and so on, filled in completely: C trusts them.
 Only kvmpy.virtio.twin imports this module.
 """
 
@@ -15,7 +20,16 @@ class _Lib:
     KVMPY_DRAINED: int
     KVMPY_MORE: int
     KVMPY_ODD: int
+    KVMPY_BLOCKED: int
+    LENGTH: int
+    VNET_HEADER: int
+    ETH_HEADER: int
+    MAX_FRAME: int
     def kvmpy_serve_disk(self, queue: Any, disk: Any, limit: int, length: int, patience: int) -> int: ...
+    def kvmpy_send_frames(self, queue: Any, wire: Any, limit: int, length: int) -> int: ...
+    def kvmpy_receive_frames(self, queue: Any, wire: Any, limit: int, length: int) -> int: ...
+    def kvmpy_tap_send(self, queue: Any, tap: Any, limit: int, length: int) -> int: ...
+    def kvmpy_tap_receive(self, queue: Any, tap: Any, limit: int, length: int) -> int: ...
 
 class _FFI:
     def new(self, ctype: str, init: Any = ...) -> Any: ...

@@ -10,7 +10,7 @@ SOURCE = (HERE / "_virtqueue.c").read_text()
 
 ffibuilder = FFI()
 # What Python sees of the source is declared there, once: its structures and numbers, and the functions named kvmpy_*.
-for name in ("MAX_REGIONS", "MAX_SEGMENTS"):
+for name in "MAX_REGIONS MAX_SEGMENTS LENGTH VNET_HEADER ETH_HEADER MAX_FRAME".split():
     ffibuilder.cdef(f"#define {name} ...")
 for declaration in re.findall(r"^(?:enum|struct) (?:kvmpy_\w+|outcome) \{.*?^\};", SOURCE, re.M | re.S):
     plain = re.sub(r"/\*.*?\*/", "", declaration, flags=re.S)

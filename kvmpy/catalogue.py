@@ -23,8 +23,10 @@ CATALOGUE = {
     "virtio-balloon": "virtio.balloon:Balloon",
     "virtio-blk": "virtio.blk:Blk",
     "virtio-console": "virtio.port:PortSocket",
+    "virtio-fs": "virtio.fs:Fs",
     "virtio-net": "virtio.net:Net",
     "virtio-rng": "virtio.rng:Rng",
+    "virtio-vsock": "virtio.vsock:Vsock",
 }
 SWITCH = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": False, "false": False, "0": False}
 

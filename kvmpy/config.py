@@ -25,6 +25,29 @@ def parse_count(text: str | int, name: str, limit: int) -> int:
     return int(text)
 
 
+class Volume(Record, frozen=True):
+    """A folder of the host that the guest has as a folder of its own: `HOST:GUEST[:ro]`."""
+
+    host: Path
+    guest: str
+    ro: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> Volume:
+        """Check and take apart what a person wrote; raises ConfigError."""
+        place, _, how = text.rpartition(":")
+        if how not in ("ro", "rw"):
+            place, how = text, "rw"
+        host, _, guest = place.rpartition(":/")
+        parts = [part for part in guest.split("/") if part not in ("", ".")]
+        if not host or not parts or ".." in parts or ":" in guest or "\0" in text:
+            raise ConfigError(f'invalid volume "{text}"', "use HOST:GUEST[:ro], GUEST being an absolute path")
+        return cls(Path(host), "/" + "/".join(parts), how == "ro")
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.guest}{':ro' if self.ro else ''}"
+
+
 class MachineConfig(Record, frozen=True):
     """A machine, as the user describes it. Values may be given as text, as on the command line.
 
@@ -39,9 +62,12 @@ class MachineConfig(Record, frozen=True):
     modules  kernel modules for the built-in initramfs to load, besides those for the devices
     modules_dir  where the kernel's modules are; None: beside it, or in /lib/modules
     devices  devices besides those that every machine has, as for --device (catalogue.py)
+    volumes  folders of the host, `HOST:GUEST[:ro]`, which the built-in initramfs mounts
     environment  NAME=VALUE words for the shell of the built-in initramfs
     console  what the kernel's console is: "serial" (ttyS0), or "virtio" (hvc0), which starts when its driver does
     transport  how virtio devices are connected: "mmio", or "pci" with MSI-X
+    agent    the built-in initramfs runs the agent (kvmpy.guest) and nothing else
+    root     a folder of the host that it makes the guest's root, read-only with a tmpfs above it for what is written
     """
 
     kernel: Path | None = None
@@ -55,9 +81,17 @@ class MachineConfig(Record, frozen=True):
     modules: tuple[str, ...] = ()
     modules_dir: Path | None = None
     devices: tuple[str, ...] = ()
+    volumes: tuple[Volume, ...] = ()
     environment: tuple[str, ...] = ()
     console: str = "serial"
     transport: str = "mmio"
+    agent: bool = False
+    root: Path | None = None
+
+    @property
+    def tagged_volumes(self) -> list[tuple[str, Volume]]:
+        """The volumes with the tags of their virtio-fs devices: volume0, volume1, ..."""
+        return [(f"volume{n}", volume) for n, volume in enumerate(self.volumes)]
 
     @classmethod
     def of(
@@ -73,9 +107,12 @@ class MachineConfig(Record, frozen=True):
         modules: Sequence[str] = (),
         modules_dir: str | PathLike[str] | None = None,
         devices: Sequence[str] = (),
+        volumes: Sequence[str] = (),
         environment: Sequence[str] = (),
         console: str = "serial",
         transport: str = "mmio",
+        agent: bool = False,
+        root: str | PathLike[str] | None = None,
     ) -> MachineConfig:
         """Check and convert what a person wrote; an int for `mem` counts MiB too. Raises ConfigError."""
         size = parse_size(mem)
@@ -101,7 +138,10 @@ class MachineConfig(Record, frozen=True):
             modules=tuple(modules),
             modules_dir=None if modules_dir is None else Path(fspath(modules_dir)),
             devices=tuple(devices),
+            volumes=tuple(map(Volume.of, volumes)),
             environment=tuple(environment),
             console=console,
             transport=transport,
+            agent=agent,
+            root=None if root is None else Path(fspath(root)),
         )

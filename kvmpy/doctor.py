@@ -18,9 +18,9 @@ from .boot import initramfs, kernels
 from .core.errors import CannotRunKernels, KvmError, NotFoundError
 from .core.record import Record
 from .core.text import printable
+from .jail.lock import why_no_namespaces
 from .kvm.handle import DEVICE, REMEDIES, REQUIRED, Kvm
 from .kvm.probe import runs_ring0_natively
-from .sandbox.lock import why_no_namespaces
 
 TOOL_TIMEOUT = 5  # seconds
 DEFAULT_MEMORY = 512  # MiB that `kvmpy boot` gives a guest

@@ -133,7 +133,7 @@ class Evidence(Record, frozen=True):
 
 
 def collect(machine: Machine, stop: Stop, raised: str = "") -> Evidence:
-    """The evidence of a machine whose `wait` has returned `stop` and that is not closed yet."""
+    """The evidence of a machine whose `wait` has returned `stop`, or that is paused, and that is not closed yet."""
     ports, mmio = machine.board.ports, machine.board.memory_bus
     cpus = tuple(examine(thread, machine.memory, ports, mmio) for thread in machine.vcpus)
     native = None
@@ -155,7 +155,7 @@ def collect(machine: Machine, stop: Stop, raised: str = "") -> Evidence:
 
 
 def examine(thread: VcpuThread, memory: GuestMemory, ports: Bus, mmio: Bus) -> Cpu:
-    """The CPU of a thread that was told to end; does not wait for one that has not."""
+    """The CPU of a thread that was told to end, or to pause; does not wait for one that has not."""
     vcpu, index = thread.vcpu, thread.vcpu.index
     recent = thread.recent()
     reason = recent[-1].reason if recent else exits.EXIT_IO
@@ -164,7 +164,7 @@ def examine(thread: VcpuThread, memory: GuestMemory, ports: Bus, mmio: Bus) -> C
         fatal = exits.describe(vcpu.page)
         recent.pop()
     counted = _count(recent, ports, mmio)
-    if not thread.join(0):
+    if not thread.join(0) and not thread.wait_paused(0):
         return Cpu(index, Activity.BUSY, counted)
     suberror = exits.suberror(vcpu.page) if reason == exits.EXIT_INTERNAL_ERROR else 0
     failure = exits.entry_failure(vcpu.page) if reason == exits.EXIT_FAIL_ENTRY else None

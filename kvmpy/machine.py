@@ -58,6 +58,8 @@ ORDERLY = {Reason.POWEROFF, Reason.RESET, Reason.EXIT, Reason.HALT}
 LINUX_PROTOCOLS = ("pvh", "linux64", "decompressor")
 HVC = "console=hvc0"  # behind console=ttyS0: the last one is /dev/console
 QUIET = ("quiet", "loglevel=1")  # with --exec, the console is for the command's output, and for panics
+AGENT = "kvmpy.agent=only"  # guests/init.c, as the next one
+ROOT, ROOT_TAG = "kvmpy.root=root", "root"
 
 EXIT_MARKER = r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z"  # guests/init.c
 
@@ -121,7 +123,7 @@ class Machine:
         """Build the machine and let it run.
 
         `lock_down` is called when all is opened and no thread of the machine runs yet; what it returns is called on
-        each thread before it does anything, with its role: "loop" or "vcpu". See kvmpy.sandbox.
+        each thread before it does anything, with its role: "loop" or "vcpu". See kvmpy.jail.
         """
         try:
             image = loader.read_image(self.config.kernel or _find_kernel())
@@ -295,6 +297,14 @@ class Machine:
             from . import catalogue  # not needed by most
 
             devices += [catalogue.make(text) for text in self.config.devices]
+        if self.config.root is not None:
+            from .virtio.fs import Fs
+
+            devices.append(Fs(path=self.config.root, tag=ROOT_TAG, ro=True))
+        if self.config.volumes:
+            from .virtio.fs import Fs
+
+            devices += [Fs(path=volume.host, tag=tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
         for device in devices:
             device.attach(self.board)
 
@@ -331,8 +341,9 @@ class Machine:
         """Tables and kernel into memory, the first vCPU to the kernel's entry."""
         apic_ids = range(self.config.cpus)
         self.console.patient = linux
-        quiet = QUIET if self.config.exec is not None else ()
-        words = [*self.board.words, *self.config.environment, *quiet]
+        quiet = QUIET if self.config.exec is not None or self.config.agent else ()
+        init = [*([AGENT] if self.config.agent else []), *([ROOT] if self.config.root is not None else [])]
+        words = [*self.board.words, *self.config.environment, *quiet, *init]
         if cmdline.acpi_is_off(" ".join([self.config.cmdline or "", *self.config.append])):
             words += self.board.virtio_words()
         self.cmdline = cmdline.compose(
@@ -379,6 +390,8 @@ class Machine:
         from .boot import initramfs  # not needed by those who bring their own
 
         wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
+        if self.config.root is not None:
+            wanted.append("overlay")
         modules_dir = self.config.modules_dir
         if modules_dir is None and wanted:
             from .boot import kernels
@@ -388,7 +401,14 @@ class Machine:
             if self.board.modules:
                 _warn_of_missing_drivers(image, self.board.modules)
             wanted = list(self.config.modules)
-        return initramfs.build(exec=self.config.exec, modules=wanted, modules_dir=modules_dir)
+        return initramfs.build(
+            exec=self.config.exec,
+            busybox="auto" if self.config.root is None else None,
+            modules=wanted,
+            modules_dir=modules_dir,
+            agent=self.config.agent,
+            volumes=[(tag, volume.guest, volume.ro) for tag, volume in self.config.tagged_volumes],
+        )
 
     # Endings.
 

@@ -141,16 +141,16 @@ def _written(orders: int, raised: str) -> str:
 
     from . import evidence, report
     from .core.errors import KvmpyError
+    from .jail.lock import Jail
     from .kvm.handle import Kvm
     from .remains import Body, stop_of
-    from .sandbox.lock import Sandbox
 
     try:
         kvm = Kvm()
     except KvmpyError:
         kvm = None
-    sandbox = Sandbox("default")
-    sandbox.lock(role="reporter")
+    jail = Jail("default")
+    jail.lock(role="reporter")
     told = marshal.loads(_receive(orders))
     found = evidence.collect(cast("Machine", Body(told, kvm)), stop_of(told), raised)
     return f"{json.dumps(report.facts(found))}\n{report.render(found)}"

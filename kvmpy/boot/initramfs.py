@@ -24,6 +24,7 @@ from . import modules as kernel_modules
 from .cpio import Entry
 
 INIT = Path(__file__).with_name("init")  # built from guests/init.c
+AGENT = Path(__file__).parents[1] / "guest/agent"  # built from guests/agent
 BUSYBOX_NAMES = ("busybox", "busybox.static", "busybox-static")
 BUSYBOX_FOLDERS = ("/usr/local/bin", "/bin", "/sbin", "/usr/lib/initcpio")
 BUSYBOX_REMEDY = "give --busybox a static one (package busybox-static), or 'none'"
@@ -73,6 +74,8 @@ def build(
     busybox: Path | Literal["auto"] | None = "auto",
     modules: Sequence[str] = (),
     modules_dir: Path | None = None,
+    agent: bool = False,
+    volumes: Sequence[tuple[str, str, bool]] = (),
 ) -> bytes:
     """The initramfs as an uncompressed newc archive; the same input gives the same bytes.
 
@@ -81,10 +84,12 @@ def build(
              or a folder just as it is
     busybox  "auto" takes a static one of the host if there is one, None none
     modules  names of kernel modules to load first, from `modules_dir`, with all that they need
+    agent    whether to put in the agent, which init starts if the command line has kvmpy.agent=1 (guests/PROTOCOL.md)
+    volumes  (tag of a file system device, absolute path in the guest, read-only): mounted before anything runs
     Raises ConfigError, NotFoundError, ImageError and HostError.
     """
     with progress.working("making the initramfs"):
-        return _build(exec, files, busybox, modules, modules_dir)
+        return _build(exec, files, busybox, modules, modules_dir, agent, volumes)
 
 
 def _build(
@@ -93,9 +98,13 @@ def _build(
     busybox: Path | Literal["auto"] | None,
     modules: Sequence[str],
     modules_dir: Path | None,
+    agent: bool,
+    volumes: Sequence[tuple[str, str, bool]],
 ) -> bytes:
     tree = _Tree()
     tree.add_base()
+    if agent:
+        tree.add_agent()
     if busybox == "auto":
         busybox = find_busybox()
     if busybox is not None:
@@ -108,6 +117,8 @@ def _build(
         tree.add_modules(kernel_modules.find_folder(modules_dir), modules)
     if exec is not None:
         tree.add_command(exec)
+    if volumes:
+        tree.add_volumes(volumes)
     out = io.BytesIO()
     try:
         cpio.write(out, tree.entries())
@@ -199,6 +210,11 @@ class _Tree:
             self._add(name, stat.S_IFCHR | mode, rdev=(major, minor))
         self._add("init", stat.S_IFREG | 0o755, INIT)
 
+    def add_agent(self) -> None:
+        if not AGENT.is_file():
+            raise HostError(f"kvmpy's agent is not built ({AGENT})", "run `make -C guests agent` or `pip install .`")
+        self._add("usr/lib/kvmpy/agent", stat.S_IFREG | 0o755, AGENT)
+
     def add_busybox(self, path: Path) -> None:
         if not path.is_file():
             raise NotFoundError(f"no busybox {path}", BUSYBOX_REMEDY)
@@ -248,6 +264,10 @@ class _Tree:
         else:
             words = _split(command)
         self._add("etc/kvmpy/exec", stat.S_IFREG | 0o644, os.fsencode("".join(f"{word}\0" for word in words)))
+
+    def add_volumes(self, volumes: Sequence[tuple[str, str, bool]]) -> None:
+        words = [word for tag, guest, ro in volumes for word in (tag, guest, "ro" if ro else "rw")]
+        self._add("etc/kvmpy/volumes", stat.S_IFREG | 0o644, os.fsencode("".join(f"{word}\0" for word in words)))
 
     def _add(self, name: str, mode: int, data: bytes | Path = b"", rdev: tuple[int, int] = (0, 0)) -> None:
         self._entries[name] = Entry(name, mode, data, rdev)

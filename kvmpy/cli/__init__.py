@@ -4,15 +4,15 @@ A verb's module has `add_arguments(parser)` and `run(args) -> int`; the first li
 
 Exit statuses:
     0        the guest powered off, asked for a reset, or halted; or it was stopped with Ctrl-a x
-    0-255    with --exec: the status of the command in the guest (128+n: killed by signal n)
+    0-255    with --exec, or from `kvmpy run`: the status of the command in the guest (128+n: killed by signal n)
     124      --timeout ran out
     125      an option, a file or a configuration is wrong, or a resource of the host is missing
     126      KVM is missing, not permitted, or cannot run what was asked for
-    127      a file that was named does not exist
+    127      a file that was named, or the command of `kvmpy run`, does not exist; 126: it cannot be executed
     128+n    kvmpy itself was stopped by signal n
     253      the guest's kernel panicked
     254      triple fault
-    255      the guest was lost: an exit from KVM that cannot be resumed, or no status from --exec
+    255      the guest was lost: an exit from KVM that cannot be resumed, or no status from --exec or `kvmpy run`
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from ..core.errors import ConfigError, HostError, KvmpyError
 from ..core.text import escaped
 
 VERBS = {
+    "run": "run a command in a fresh machine",
+    "shell": "open a shell in a fresh machine",
     "boot": "boot a kernel and connect to its console",
     "config": "print the machine that options describe, as YAML",
     "doctor": "tell what this host can do, and the remedy for what it cannot",
@@ -48,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message, f"see `{self.prog} --help`")
 
 
-def run(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Run the verb that `argv` begins with; errors become one line on standard error and their status."""
     _open_missing_standard_streams()
     try:

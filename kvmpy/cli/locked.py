@@ -11,8 +11,8 @@ from ..core.board import Stop
 from ..core.errors import ConfigError
 from ..core.log import log
 from ..core.pure import PURE
+from ..jail.lock import LEVELS, Jail
 from ..machine import Machine
-from ..sandbox.lock import LEVELS, Sandbox
 from ..steward import Steward
 from . import null
 
@@ -36,14 +36,14 @@ class Lock:
         """For Machine.start. Raises HostError where --sandbox strict cannot be had."""
         _preload(with_json=self._with_json)
         sockets = sys.modules.get("kvmpy.host.unix_socket")
-        self._steward.seal(sockets.UnixSocket.names if sockets else ())
+        self._steward.seal(sockets.NAMES if sockets else ())
         log.need_no_imports()
-        sandbox = Sandbox(self._level)
-        sandbox.lock()
-        if sandbox.missing:
-            log.warning(f"the sandbox is incomplete: {'; '.join(sandbox.missing)}")
-        log.info("locked in", sandbox=self._level, in_force=", ".join(sandbox.in_force))
-        return sandbox.enter
+        jail = Jail(self._level)
+        jail.lock()
+        if jail.missing:
+            log.warning(f"the sandbox is incomplete: {'; '.join(jail.missing)}")
+        log.info("locked in", sandbox=self._level, in_force=", ".join(jail.in_force))
+        return jail.enter
 
     def report(self, machine: Machine, stop: Stop) -> tuple[str, str]:
         """The crash report, and its facts as JSON; empty when they cannot be had."""

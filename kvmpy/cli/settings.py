@@ -11,6 +11,7 @@ says, or adds to its list.
       - {path: data.qcow2, format: qcow2, ro: on}
     nets: [user]
     publish: [8080:80]
+    volumes: [src:/mnt/src:ro]
     devices:
       - virtio-rng
       - virtio-balloon: {target: 64M}
@@ -30,10 +31,10 @@ from ..host import endpoint
 
 MAX_FILE = 1 << 20
 DISK, NET = "virtio-blk", "virtio-net"
-LISTS = ("initrd", "append", "modules", "disks", "nets", "publish", "devices")
+LISTS = ("initrd", "append", "modules", "disks", "nets", "publish", "volumes", "devices")
 KEYS = (
     *("kernel", "initrd", "mem", "cpus", "cmdline", "append", "boot", "exec", "modules", "modules_dir"),
-    *("console", "transport", "disks", "nets", "publish", "devices", "serial", "timeout"),
+    *("console", "transport", "disks", "nets", "publish", "volumes", "devices", "serial", "timeout"),
 )
 
 Told = dict[str, Any]  # by key: text, or for LISTS a list of it; nothing for what nobody has said
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     net = "a network: user, tap=NAME, socket=PATH"
     add("-n", "--net", dest="nets", metavar="KIND[,OPTION=...]", **several, help=net)
     add("--publish", metavar="[IP:]HOST:GUEST[/udp]", **several, help="a port of a --net user")
+    add("--volume", dest="volumes", metavar="HOST:GUEST[:ro]", **several, help="a folder of the host in the guest")
     own = "a device, or FILE.py:CLASS of your own"
     add("--device", dest="devices", metavar="NAME[,OPTION=...]", **several, help=own)
     add("--serial", metavar="WHERE", help=f"where the console ends: {endpoint.KINDS} (default stdio)")
@@ -85,7 +87,10 @@ def of(args: argparse.Namespace) -> Told:
 
 def machine_config(told: Told, environment: Sequence[str] = ()) -> MachineConfig:
     """The MachineConfig of what is told; raises ConfigError."""
-    passed = ("kernel", "initrd", "mem", "cpus", "cmdline", "boot", "modules", "modules_dir", "console", "transport")
+    passed = (
+        *("kernel", "initrd", "mem", "cpus", "cmdline", "boot", "modules", "modules_dir", "console", "transport"),
+        "volumes",
+    )
     return MachineConfig.of(
         **{key: told[key] for key in passed if key in told},
         append=[*root_words(told), *told.get("append", ())],
@@ -243,6 +248,7 @@ def dump(told: Told) -> str:
         "modules_dir": config.modules_dir and str(config.modules_dir),
         "console": config.console,
         "transport": config.transport,
+        "volumes": [str(volume) for volume in config.volumes],
         "devices": [catalogue.plain(text) for text in config.devices],
         "serial": told.get("serial", "stdio"),
         "timeout": told.get("timeout"),

@@ -6,18 +6,31 @@ An error is one line: what is wrong with which thing, then, after a semicolon, w
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from .board import Stop
 
 
 class KvmpyError(Exception):
-    """Base of all errors that users can act on; `status` is the exit status of the command line."""
+    """Base of all errors that users can act on; `status` is the exit status of the command line.
+
+    `stage` is what was being done, where there are steps, and `errno` the system's reason, where it gave one.
+    """
 
     status: ClassVar[int] = 125
+    stage: str = ""
+    errno: int | None = None
 
     def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what)
         self.what = what
         self.remedy = remedy
+
+    @property
+    def hint(self) -> str:
+        """What to do about it."""
+        return self.remedy
 
     def __str__(self) -> str:
         return f"{self.what}; {self.remedy}" if self.remedy else self.what
@@ -45,6 +58,7 @@ class KvmError(KvmpyError):
     """A KVM ioctl failed: `ioctl` is its name, `argument` what it was called with, `errno` why."""
 
     status = 126
+    errno: int
 
     def __init__(self, ioctl: str, argument: str, errno: int, remedy: str = "") -> None:
         super().__init__(f"{ioctl}({argument}): {os.strerror(errno)}", remedy)
@@ -72,3 +86,60 @@ class GuestError(KvmpyError):
 
 class GuestMemoryError(GuestError):
     """A guest-physical range that is not (wholly) RAM."""
+
+
+class GuestLost(KvmpyError):
+    """The guest, or the agent in it, has gone or makes no sense any more; what was asked of it may be half done.
+
+    Where the machine has stopped, `stop` tells why; `report` is the crash report, where there is something to report.
+    """
+
+    status = 255
+    stop: Stop | None = None
+    report: str = ""
+
+
+class TimedOut(KvmpyError, TimeoutError):
+    """A time limit has passed; `stdout` and `stderr` are what a command had written until then."""
+
+    status = 124
+
+    def __init__(self, what: str, remedy: str = "", stdout: bytes = b"", stderr: bytes = b"") -> None:
+        super().__init__(what, remedy)
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+class AgentError(KvmpyError):
+    """The agent in the guest could not do what it was asked for: `stage` is what failed, `errno` why."""
+
+    errno: int
+
+    def __init__(self, stage: str, errno: int, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what}: {os.strerror(errno)}", remedy)
+        self.stage = stage
+        self.errno = errno
+
+
+class CommandError(AgentError):
+    """A command in the guest could not be started."""
+
+    def __init__(self, stage: str, errno: int, what: str, remedy: str = "", status: int = 125) -> None:
+        super().__init__(stage, errno, what, remedy)
+        self.status = status  # type: ignore[misc]  # a shell's: 127 not found, 126 not executable
+
+
+class GuestFileError(AgentError):
+    """Something that was to be done with a file in the guest failed."""
+
+
+class CommandFailed(KvmpyError):
+    """A command in the guest ended with a `returncode` other than 0 (negative: the signal that ended it)."""
+
+    def __init__(self, command: str, returncode: int, stdout: bytes = b"", stderr: bytes = b"") -> None:
+        how = f"ended with status {returncode}" if returncode > 0 else f"was ended by signal {-returncode}"
+        super().__init__(f"{command} {how}")
+        self.returncode = returncode
+        self.stdout = stdout
+        self.stderr = stderr
+        self.status = returncode if returncode > 0 else 128 - returncode  # type: ignore[misc]

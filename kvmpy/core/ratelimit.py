@@ -66,6 +66,7 @@ class RateLimit:
         now = loop.time()
         self._bytes = None if bandwidth is None else TokenBucket(bandwidth, now, burst)
         self._operations = None if iops is None else TokenBucket(iops, now, burst)
+        self.limited = self._bytes is not None or self._operations is not None
         self.waiting = False  # nothing may begin until `resume` is called
 
     def spend(self, size: int) -> bool:

@@ -15,16 +15,19 @@ FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 class FrameStream:
-    """A NetBackend on a connected stream socket, which it owns; `peer` names the other side in errors."""
+    """A NetBackend on a connected stream socket, which it owns; `peer` names the other side in errors.
+
+    Who sends and receives without its methods leaves `rest` and the positions in `buffer` as they would.
+    """
 
     vnet_header = False
 
     def __init__(self, stream: socket.socket, peer: str) -> None:
         self._socket = stream
         self._peer = peer
-        self._rest = memoryview(b"")  # of a frame that the socket took in part
-        self._buffer = memoryview(bytearray(BUFFER))
-        self._start = self._end = 0  # of what was read and not yet given out
+        self.rest = memoryview(b"")  # of a frame that the socket took in part
+        self.buffer = memoryview(bytearray(BUFFER))
+        self.start = self.end = 0  # of what was read and not yet given out
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -38,37 +41,37 @@ class FrameStream:
         if sent == 0:
             return False
         if sent < LENGTH + size:
-            self._rest = memoryview(b"".join(parts))[sent:]  # a copy: the pieces are the guest's again
+            self.rest = memoryview(b"".join(parts))[sent:]  # a copy: the pieces are the guest's again
         return True
 
     def flush(self) -> bool:
-        if self._rest:
-            self._rest = self._rest[self._sent([self._rest]) :]
-        return not self._rest
+        if self.rest:
+            self.rest = self.rest[self._sent([self.rest]) :]
+        return not self.rest
 
     def receive(self) -> Frame | None:
         while True:  # at most until the buffer is full, which is more than a frame
-            have = self._end - self._start
+            have = self.end - self.start
             if have >= LENGTH:
-                body = self._start + LENGTH
-                size = int.from_bytes(self._buffer[self._start : body], "big")
+                body = self.start + LENGTH
+                size = int.from_bytes(self.buffer[self.start : body], "big")
                 if not 0 < size <= MAX_FRAME:
                     raise self._broken(f"sent a frame of {size} bytes")
                 if have >= LENGTH + size:
-                    self._start = body + size
-                    return self._buffer[body : body + size]
-            if self._start:
-                self._buffer[:have] = bytes(self._buffer[self._start : self._end])
-                self._start, self._end = 0, have
+                    self.start = body + size
+                    return self.buffer[body : body + size]
+            if self.start:
+                self.buffer[:have] = bytes(self.buffer[self.start : self.end])
+                self.start, self.end = 0, have
             try:
-                count = self._socket.recv_into(self._buffer[self._end :], 0, socket.MSG_DONTWAIT)
+                count = self._socket.recv_into(self.buffer[self.end :], 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return None
             except OSError as error:
                 raise self._broken(f"has gone: {error.strerror}") from None
             if not count:
                 raise self._broken("has hung up")
-            self._end += count
+            self.end += count
 
     def close(self) -> None:
         self._socket.close()

@@ -84,6 +84,22 @@ def parse_forwards(text: str) -> list[Forward]:
     return list(found.values())
 
 
+class Address(Record, frozen=True):
+    """What a guest is told: its own address in a network of `bits`, the gateway's, and the name server's."""
+
+    ip: str
+    bits: int
+    gateway: str
+    nameserver: str
+
+    def words(self) -> list[str]:
+        """As passt wants it."""
+        return [
+            *("--address", self.ip, "--netmask", str(self.bits), "--gateway", self.gateway),
+            *("--dns-forward", self.nameserver),
+        ]
+
+
 class Passt(FrameStream):
     """A NetBackend that is a passt of our own.
 
@@ -91,8 +107,11 @@ class Passt(FrameStream):
     no PR_SET_PDEATHSIG, which would end it with the thread that started it, and which is void once it is nobody.
     """
 
-    def __init__(self, forwards: Sequence[Forward] = (), mtu: int | None = None) -> None:
-        """Raises HostError when passt is missing or does not start, ConfigError when a port cannot be had."""
+    def __init__(
+        self, forwards: Sequence[Forward] = (), mtu: int | None = None, address: Address | None = None
+    ) -> None:
+        """Without `address`, the guest gets the host's own. Raises HostError when passt is missing or does not start,
+        ConfigError when a port cannot be had."""
         program = shutil.which("passt")
         if program is None:
             raise HostError("passt, which `user` networking needs, is not installed", "apt install passt")
@@ -100,6 +119,7 @@ class Passt(FrameStream):
             forward.check()
         command = [program, "--foreground", "--quiet", *_ports(forwards)]
         command += ["--mtu", str(mtu)] if mtu is not None else []
+        command += address.words() if address is not None else []
         self.process: subprocess.Popen[bytes] | None = None
         near, far = socket.socketpair()
         super().__init__(near, "passt")

@@ -60,7 +60,7 @@ class Tap:
             self.close()
             remedy = REMEDIES.get(error.errno or 0, "").format(name=name or "tap0")
             raise HostError(f"cannot use {what}: {error.strerror}", remedy) from None
-        self._buffer = memoryview(bytearray(VNET_HEADER + MAX_FRAME + VLAN_TAG))
+        self.buffer = memoryview(bytearray(VNET_HEADER + MAX_FRAME + VLAN_TAG))
 
     def set_offloads(self, flags: int) -> None:
         """Which frames the guest takes unfinished: TUN_F_CSUM without checksum, the others also unsegmented."""
@@ -88,12 +88,12 @@ class Tap:
 
     def receive(self) -> Frame | None:
         try:
-            count = os.readv(self._fd, [self._buffer])
+            count = os.readv(self._fd, [self.buffer])
         except BlockingIOError:
             return None
         except OSError as error:
             raise self._gone(error) from None
-        return self._buffer[:count]
+        return self.buffer[:count]
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -78,12 +78,14 @@ read -r line || stty -F /dev/fd/{tty} "$saved"
 class RawTerminal:
     """Raw mode on `fd` between `enter` and `leave`; does nothing where `fd` is not our terminal to change.
 
-    Output processing stays on, so that lines of our own and of other programs still begin at the left. A small shell
-    stands by meanwhile that undoes it when this process is killed or crashes.
+    Output processing stays on, so that lines of our own and of other programs still begin at the left, unless `output`
+    is raw too: what comes has been through another terminal. A small shell stands by meanwhile that undoes it when this
+    process is killed or crashes.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, output: bool = False) -> None:
         self.fd = fd
+        self._output = output
         self._saved: list[Any] | None = None
         self._guard: Popen[bytes] | None = None  # that shell
 
@@ -104,6 +106,7 @@ class RawTerminal:
             | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON
         )  # fmt: skip
         lflag &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
+        oflag &= ~termios.OPOST if self._output else ~0
         cflag = (cflag & ~(termios.CSIZE | termios.PARENB)) | termios.CS8
         cc = [*cc]
         cc[termios.VMIN], cc[termios.VTIME] = 1, 0

@@ -6,40 +6,28 @@ import socket
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core.errors import HostError
 from ..core.events import EventLoop
 from .endpoint import Received, Sent
 from .stream import Reader, Writer
 
+NAMES: set[Path] = set()  # of all sockets that listen
+
 
 class UnixSocket:
     """A listening socket at `path`, one client at a time; without one, output goes nowhere.
 
-    With an `owner`, callbacks have its lock, and calls must. The name goes when the socket is closed; a process that
-    is locked in leaves that to another one, by `names`.
+    With an `owner`, callbacks have its lock, and calls must.
     """
-
-    names: ClassVar[set[Path]] = set()  # of all sockets that are open
 
     def __init__(self, loop: EventLoop, path: Path, received: Received, sent: Sent, owner: Any = None) -> None:
         self._loop, self._path, self._received, self._sent, self._owner = loop, path, received, sent, owner
         self._client: socket.socket | None = None
         self._writer: Writer | None = None
         self._reader: Reader | None = None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and _nobody_listens(path):
-                path.unlink()
-            self._socket.bind(str(path))
-            path.chmod(0o600)
-            self._socket.listen(1)
-        except OSError as error:
-            self._socket.close()
-            raise HostError(f'cannot listen on "{path}": {error.strerror or error}', "name another path") from None
-        self._name = path.absolute()
-        self.names.add(self._name)
+        self._socket = listen_at(path)
         loop.add(self._socket.fileno(), self._accept, owner=owner)
 
     def write(self, data: bytes) -> None:
@@ -60,9 +48,7 @@ class UnixSocket:
         self._hang_up()
         self._loop.remove(self._socket.fileno())
         self._socket.close()
-        self.names.discard(self._name)
-        with suppress(PermissionError, FileNotFoundError):
-            self._path.unlink()
+        remove(self._path)
 
     def _accept(self) -> None:
         try:
@@ -89,6 +75,29 @@ class UnixSocket:
             self._writer.close()
             self._client.close()
             self._client = self._writer = self._reader = None
+
+
+def listen_at(path: Path, backlog: int = 1) -> socket.socket:
+    """A non-blocking socket that listens at `path`, for this user alone; raises HostError when that cannot be."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and _nobody_listens(path):
+            path.unlink()
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(backlog)
+        NAMES.add(path.absolute())
+    except OSError as error:
+        listener.close()
+        raise HostError(f'cannot listen on "{path}": {error.strerror or error}', "name another path") from None
+    return listener
+
+
+def remove(path: Path) -> None:
+    """Take away the name of a socket of `listen_at`; a process that is locked in leaves that to another one."""
+    with suppress(PermissionError, FileNotFoundError):
+        path.unlink()
+        NAMES.discard(path.absolute())
 
 
 def _nobody_listens(path: Path) -> bool:

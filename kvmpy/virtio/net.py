@@ -13,13 +13,14 @@ import select
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 from ..core.board import Board
 from ..core.buffers import pieces
 from ..core.errors import ConfigError, HostError
 from ..core.events import READ, WRITE
+from ..core.pure import PURE
 from ..core.ratelimit import BURST, RateLimit, parse_bandwidth
 from ..core.regs import Bits, bit
 from ..core.wire import Wire, b6, u8, u16
@@ -30,6 +31,9 @@ from ..host.pcap import Pcap
 from .device import VirtioDevice
 from .queue import Chain, VirtQueue
 from .spec import Type
+
+if TYPE_CHECKING:
+    from .twin import FrameTwin
 
 RX, TX = 0, 1  # queues (5.1.2)
 WAKES = {RX: READ, TX: WRITE}  # what of the host a queue waits for
@@ -174,6 +178,7 @@ class Net(VirtioDevice):
         self.backend: NetBackend | None = None
         self._cable = link
         self._vnet = False  # the backend's frames have a header
+        self._twin: FrameTwin | None = None  # while ordinary frames go through C
         self._events = -1  # what the loop watches the backend for; -1: nothing, not even its end
         self.features = NET_F.MAC | NET_F.STATUS | NET_F.MRG_RXBUF
         self.features |= NET_F.MTU if mtu is not None else 0
@@ -208,6 +213,7 @@ class Net(VirtioDevice):
         self._host_gso = _gso_types(features, NET_F.HOST_TSO4, NET_F.HOST_TSO6, NET_F.HOST_ECN)
         self._host(lambda backend: _take_offloads(backend, features), None)
         self._waiting = READ | WRITE  # there may be something in both queues
+        self._twin = self._make_twin(queues)
         self._watch()
 
     def reset(self) -> None:
@@ -216,6 +222,7 @@ class Net(VirtioDevice):
         self._waiting = 0  # READ: there are buffers, but no frame; WRITE: there are frames, but no room
         self._kept: memoryview | None = None  # a frame for which there were not enough buffers
         self._lacking = False
+        self._twin = None
         self._watch()
 
     def notify(self, index: int, queue: VirtQueue) -> None:
@@ -262,6 +269,12 @@ class Net(VirtioDevice):
 
     def _transmit(self, queue: VirtQueue) -> None:
         limit = self._limits[TX]
+        if self._twin is not None and self._cable and self._host(lambda backend: backend.flush(), False):
+            outcome = self._twin.transmit(queue, BATCH)
+            if outcome != self._twin.ODD:
+                self._waiting |= WRITE if outcome == self._twin.BLOCKED else 0
+                queue.more = outcome == self._twin.MORE
+                return
         for _ in range(BATCH):
             if not self._host(lambda backend: backend.flush(), True):
                 self._waiting |= WRITE
@@ -310,6 +323,13 @@ class Net(VirtioDevice):
 
     def _receive(self, queue: VirtQueue) -> None:
         limit = self._limits[RX]
+        if self._twin is not None and self._cable and self._kept is None:
+            outcome = self._twin.receive(queue, BATCH)
+            self._kept = self._twin.kept
+            if outcome != self._twin.ODD:
+                self._waiting |= READ if outcome == self._twin.BLOCKED else 0
+                queue.more = outcome == self._twin.MORE
+                return
         for _ in range(BATCH):
             chain = None if limit.waiting else queue.pop()
             if chain is None:
@@ -357,10 +377,13 @@ class Net(VirtioDevice):
                 return None
         else:
             header, frame = Header(0, GSO_NONE, 0, 0, 0, 0, 0), raw
-        longest = MAX_FRAME + VLAN_TAG
-        if self._accepted & NET_F.MTU and header.gso_type == GSO_NONE:
-            longest = self._mtu + ETH_HEADER + VLAN_TAG  # 5.1.4.1
-        return (header, frame) if ETH_HEADER <= len(frame) <= longest else None
+        return (header, frame) if ETH_HEADER <= len(frame) <= self._longest(header.gso_type) else None
+
+    def _longest(self, gso_type: int) -> int:
+        """Bytes of the longest frame that the guest takes."""
+        if self._accepted & NET_F.MTU and gso_type == GSO_NONE:
+            return self._mtu + ETH_HEADER + VLAN_TAG  # 5.1.4.1
+        return MAX_FRAME + VLAN_TAG
 
     def _gather(self, queue: VirtQueue, first: Chain, size: int) -> list[Chain]:
         """Chains with room for `size` bytes, `first` among them; else none, with all of them back in the ring, and
@@ -415,7 +438,31 @@ class Net(VirtioDevice):
         if events >= 0:
             self.board.loop.add(descriptor, self._ready, events=events, owner=self)
 
+    def _make_twin(self, queues: Sequence[VirtQueue]) -> FrameTwin | None:
+        """What carries frames in C: between a socket or tap and a driver, where nobody counts or records them."""
+        limited = any(limit.limited for limit in self._limits.values())
+        if PURE or limited or self._pcap is not None or not all(queue.ready for queue in queues):
+            return None
+        from . import twin
+
+        backend, mergeable = self.backend, bool(self._accepted & NET_F.MRG_RXBUF)
+        if not all(map(twin.usable, queues)):
+            return None
+        if isinstance(backend, netsocket.FrameStream) and _is_plain(backend, netsocket.FrameStream):
+            return twin.WireTwin(queues, backend, longest=self._longest(GSO_NONE), mergeable=mergeable)
+        if isinstance(backend, tap.Tap) and _is_plain(backend, tap.Tap):
+            return twin.TapTwin(
+                queues,
+                backend,
+                longest=(self._longest(GSO_NONE), self._longest(GSO_TCPV4)),
+                mergeable=mergeable,
+                checksums=(bool(self._accepted & NET_F.CSUM), bool(self._accepted & NET_F.GUEST_CSUM)),
+                gso=(self._host_gso, self._guest_gso),
+            )
+        return None
+
     def _unplug(self) -> None:
+        self._twin = None
         if self.backend is not None:
             if self._events >= 0:
                 self.board.loop.remove(self.backend.fileno())
@@ -503,6 +550,11 @@ def _gso_types(features: int, tso4: int, tso6: int, ecn: int) -> frozenset[int]:
     """The values of gso_type that `features` allow, besides GSO_NONE."""
     types = {kind for kind, feature in ((GSO_TCPV4, tso4), (GSO_TCPV6, tso6)) if features & feature}
     return frozenset(types | {kind | GSO_ECN for kind in types if features & ecn})
+
+
+def _is_plain(backend: NetBackend, kind: type[NetBackend]) -> bool:
+    """Whether frames go the way of `kind`, not that of a class which was made from it."""
+    return (type(backend).send, type(backend).receive) == (kind.send, kind.receive)
 
 
 def _take_offloads(backend: NetBackend, features: int) -> None:

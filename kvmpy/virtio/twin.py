@@ -1,4 +1,4 @@
-"""Serves the ordinary requests of a queue in C, without the GIL; the rest goes the way through Python.
+"""Serves what is ordinary in a queue in C, without the GIL; the rest goes the way through Python.
 
 Loaded when the first device that can use it is activated, and not at all with KVMPY_PURE=1. The twin has a copy of the
 queue's positions while it works; whatever it does not like it leaves in the ring (_virtqueue.c).
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from .._virtqueue import ffi, lib
+from ..host.frames import MAX_FRAME
+from ..host.netsocket import LENGTH, FrameStream
+from ..host.tap import Tap
 from .queue import Chain, VirtQueue
 
 BATCH = 64  # requests, and
-BATCH_NS = 100_000  # time, after which the driver hears of what is done, though there may be more to do
+BATCH_NS = 100_000  # time, after which drivers hear of what is done, and others have their turn
 # Drivers that wait for each batch have the next one ready soon: without a kick and the way of a thread out of its sleep
 # it is served sooner. A driver that took longer the last time is not waited for.
 PATIENCE_NS = 50_000 if len(os.sched_getaffinity(0)) > 1 else 0
@@ -65,6 +68,96 @@ class DiskTwin:
             elif outcome == lib.KVMPY_DRAINED:
                 self._drained = time.monotonic_ns()
         queue.more = True
+
+
+class FrameTwin:
+    """Carries frames between the queues of a network device and `host`. Called with the device's lock held.
+
+    `transmit` and `receive` return how they ended: with ODD the next one is Python's, with BLOCKED the host has no room
+    or no frame, with MORE it is time for others, and else the driver will kick. Let go of the twin before guest memory
+    or the host's end is closed.
+    """
+
+    ODD, BLOCKED, MORE = lib.KVMPY_ODD, lib.KVMPY_BLOCKED, lib.KVMPY_MORE
+    kept: memoryview | None = None  # a frame that `receive` has read, and left to Python
+
+    def __init__(self, queues: Sequence[VirtQueue], host: Any) -> None:
+        self._rings = {queue.index: _ring(queue) for queue in queues}
+        self._host = host
+
+    def transmit(self, queue: VirtQueue, limit: int) -> int:
+        """Send up to `limit` frames; the backend has nothing left to send."""
+        raise NotImplementedError
+
+    def receive(self, queue: VirtQueue, limit: int) -> int:
+        """Give the driver up to `limit` frames, when Python has none for it."""
+        raise NotImplementedError
+
+    def _round(self, work: Callable[[Any, Any, int, int], int], queue: VirtQueue, limit: int) -> int:
+        ring, _ = self._rings[queue.index]
+        ring.next_avail, ring.next_used = queue.positions
+        outcome = work(ring, self._host, limit, BATCH_NS)
+        queue.positions = ring.next_avail, ring.next_used
+        return outcome
+
+
+class WireTwin(FrameTwin):
+    """To a stream socket. `longest` is the largest frame that the driver takes; `mergeable`: in several chains, too."""
+
+    def __init__(self, queues: Sequence[VirtQueue], backend: FrameStream, *, longest: int, mergeable: bool) -> None:
+        wire = ffi.new("struct kvmpy_wire *")
+        super().__init__(queues, wire)
+        self._backend = backend
+        self._rest = memoryview(bytearray(LENGTH + MAX_FRAME))
+        wire.buffer, wire.size, wire.rest = _address(backend.buffer), len(backend.buffer), _address(self._rest)
+        wire.fd, wire.longest, wire.mergeable = backend.fileno(), longest, mergeable
+
+    def transmit(self, queue: VirtQueue, limit: int) -> int:
+        outcome = self._round(lib.kvmpy_send_frames, queue, limit)
+        if left := self._host.rest_size:
+            self._backend.rest = memoryview(bytes(self._rest[:left]))
+        return outcome
+
+    def receive(self, queue: VirtQueue, limit: int) -> int:
+        wire, backend = self._host, self._backend
+        wire.start, wire.end = backend.start, backend.end
+        outcome = self._round(lib.kvmpy_receive_frames, queue, limit)
+        backend.start, backend.end = wire.start, wire.end
+        return outcome
+
+
+class TapTwin(FrameTwin):
+    """To a tap interface. `longest` is for whole frames and for unsegmented ones; the other pairs are for frames that
+    go out and that come in: whether they may lack their checksum, and the gso_types that they may have."""
+
+    def __init__(
+        self,
+        queues: Sequence[VirtQueue],
+        backend: Tap,
+        *,
+        longest: tuple[int, int],
+        mergeable: bool,
+        checksums: tuple[bool, bool],
+        gso: tuple[Iterable[int], Iterable[int]],
+    ) -> None:
+        tap = ffi.new("struct kvmpy_tap *")
+        super().__init__(queues, tap)
+        self._buffer = backend.buffer
+        tap.buffer, tap.size, tap.fd = _address(backend.buffer), len(backend.buffer), backend.fileno()
+        (tap.longest, tap.longest_gso), tap.mergeable = longest, mergeable
+        tap.host_csum, tap.guest_csum = checksums
+        for table, kinds in zip((tap.host_gso, tap.guest_gso), gso, strict=True):
+            for kind in kinds:
+                table[kind] = 1
+
+    def transmit(self, queue: VirtQueue, limit: int) -> int:
+        return self._round(lib.kvmpy_tap_send, queue, limit)
+
+    def receive(self, queue: VirtQueue, limit: int) -> int:
+        outcome = self._round(lib.kvmpy_tap_receive, queue, limit)
+        size = self._host.kept
+        self.kept = memoryview(bytes(self._buffer[:size])) if size else None
+        return outcome
 
 
 def usable(queue: VirtQueue) -> bool:

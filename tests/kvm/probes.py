@@ -21,7 +21,7 @@ from pathlib import Path
 import kvmpy
 from kvmpy._kvm_ioctls import ffi, lib
 from kvmpy.core.board import Board
-from kvmpy.sandbox.lock import Sandbox
+from kvmpy.jail.lock import Jail
 
 SECONDS = 20.0
 PORT = 0x5E0
@@ -124,12 +124,12 @@ class Probe(kvmpy.RegisterDevice, span=1):
 
 FOUND: dict[str, str] = {}
 OVER = threading.Event()
-SANDBOX = Sandbox(LEVEL)
+JAIL = Jail(LEVEL)
 
 
 def lock_down() -> Callable[[str], None]:
-    SANDBOX.lock()
-    return SANDBOX.enter
+    JAIL.lock()
+    return JAIL.enter
 
 
 MACHINE = kvmpy.Machine(kernel=IMAGE, mem="1M")

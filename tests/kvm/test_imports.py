@@ -21,7 +21,7 @@ def report(thread, prepare=None):
     print(json.dumps(sorted(set(sys.modules) - bare)), file=sys.stderr)
     start(thread, prepare)
 kvmpy.vcpu.VcpuThread.start = report
-from kvmpy.cli import run
+from kvmpy.cli import main as run
 sys.exit(run(["boot", "--mem", "1M", "--timeout", "30", sys.argv[1]]))
 """
 

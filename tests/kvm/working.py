@@ -19,8 +19,8 @@ from typing import Any
 import kvmpy
 from kvmpy.core.board import Board, Reason, Stop
 from kvmpy.host.disk import SECTOR, prepare_allocation
+from kvmpy.jail.lock import Jail
 from kvmpy.remains import gather
-from kvmpy.sandbox.lock import Sandbox
 from kvmpy.virtio import twin  # noqa: F401
 from kvmpy.virtio.balloon import Balloon
 from kvmpy.virtio.blk import Blk
@@ -107,11 +107,11 @@ def lock_down() -> Callable[[str], None]:
     regs.rip = regs.rsp = layout.BOOT_SECTOR
     vcpu.set_regs(regs)
     prepare_allocation()
-    sandbox = Sandbox(LEVEL)
+    jail = Jail(LEVEL)
     if LEVEL == "off":
         return lambda role: None
-    sandbox.lock()
-    return sandbox.enter
+    jail.lock()
+    return jail.enter
 
 
 (FOLDER / "sector").write_bytes(b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa")

@@ -38,8 +38,11 @@ echo "cards $(cat /sys/class/net/eth0/address /sys/class/net/eth1/address | xarg
 echo "random $(head -c 4096 /dev/hwrng | wc -c) $(cat /sys/class/misc/hw_random/rng_current)"
 echo "console $(cat /sys/class/tty/console/active)"
 for name in /sys/class/virtio-ports/*/name; do device=/dev/$(basename $(dirname $name)); done
-echo "from the guest" >$device
-echo "port $(cat $name): $(head -n 1 $device)"
+exec 3<>$device  # once: what comes before a close is thrown away by Linux
+echo "from the guest" >&3
+read -r answer <&3
+exec 3>&-
+echo "port $(cat $name): $answer"
 for n in $(seq 100); do
     inflated=$(sed -n 's/^balloon_inflate //p' /proc/vmstat)
     [ "$inflated" -ge 16384 ] && break

@@ -10,15 +10,32 @@ from balloons import balloon
 from consoles import switchboard, terminal
 from disks import connect, disk, engine, path, syncs
 from nics import TapNet, plugged, rig, tap
+from vsocks import guest, reachable
 
 from kvmpy.testing import FakeBoard
 from kvmpy.virtio.balloon import Balloon
 from kvmpy.virtio.blk import Blk
 from kvmpy.virtio.console import VirtioConsole
 from kvmpy.virtio.device import VirtioDevice
+from kvmpy.virtio.fs import Fs
 from kvmpy.virtio.rng import Rng
+from kvmpy.virtio.vsock import Vsock
 
-__all__ = ["balloon", "connect", "disk", "engine", "path", "plugged", "rig", "switchboard", "syncs", "tap", "terminal"]
+__all__ = [
+    "balloon",
+    "connect",
+    "disk",
+    "engine",
+    "guest",
+    "path",
+    "plugged",
+    "reachable",
+    "rig",
+    "switchboard",
+    "syncs",
+    "tap",
+    "terminal",
+]
 
 DEVICES: dict[str, Callable[[Path], VirtioDevice]] = {
     "blk": lambda image: Blk(path=image, queues=2),
@@ -26,6 +43,8 @@ DEVICES: dict[str, Callable[[Path], VirtioDevice]] = {
     "rng": lambda image: Rng(),
     "balloon": lambda image: Balloon(stats=1),
     "console": lambda image: VirtioConsole(ports=2),
+    "vsock": lambda image: Vsock(),
+    "fs": lambda image: Fs(path=image.parent, tag="share"),
 }
 
 

@@ -29,7 +29,7 @@ import ctypes, grp, os, sys
 import kvmpy.cli.boot, kvmpy.cli.doctor, kvmpy.cli.inspect, kvmpy.report
 if os.getuid() == 0:
     os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
-sys.exit(kvmpy.cli.run(sys.argv[1:]))
+sys.exit(kvmpy.cli.main(sys.argv[1:]))
 """
 
 
@@ -116,13 +116,13 @@ def sector(tmp_path: Path) -> Path:
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
 def test_bad_option(capsys: pytest.CaptureFixture[str], sector: Path, words: list[str], message: str) -> None:
-    status = cli.run(["boot", str(sector), *words])
+    status = cli.main(["boot", str(sector), *words])
 
     assert_refused(Done(status, *capsys.readouterr()), 125, message)
 
 
 def test_unknown_command() -> None:
-    assert_refused(kvmpy("bot"), 125, 'no command "bot"; use one of boot, config, doctor, inspect, initrd')
+    assert_refused(kvmpy("bot"), 125, 'no command "bot"; use one of run, shell, boot, config, doctor, inspect, initrd')
 
 
 @pytest.mark.parametrize("verb", ["boot", "doctor", "inspect", "initrd"])
@@ -314,8 +314,8 @@ def test_version() -> None:
     "statement",
     [
         "import kvmpy",
-        "from kvmpy.cli import run; run(['--help'])",
-        "from kvmpy.cli import run; run(['nonsense'])",
+        "from kvmpy.cli import main; main(['--help'])",
+        "from kvmpy.cli import main; main(['nonsense'])",
     ],
 )
 def test_little_is_imported(statement: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from kvmpy import catalogue
 from kvmpy.cli import config, settings
+from kvmpy.config import Volume
 from kvmpy.core.errors import ConfigError, KvmpyError, NotFoundError
 from kvmpy.core.record import replace
 
@@ -32,6 +33,7 @@ nets:
   - tap=tap0,mtu=9000
   - {mac: 52:54:00:12:34:56, pcap: net.pcap}
 publish: [2222:22, 53:53/udp]
+volumes: ["src:/mnt/src:ro", /a:b:/out]
 devices:
   - virtio-rng
   - virtio-balloon: {target: 64M, deflate_on_oom: no, stats: 5}
@@ -77,19 +79,34 @@ def test_all_that_a_file_can_say(file: Path) -> None:
     assert (machine.modules, machine.modules_dir) == (("ext4", "fuse"), Path("/lib/modules/6.1"))
     assert (machine.console, machine.transport) == ("virtio", "pci")
     assert machine.devices == DEVICES
+    assert machine.volumes == (Volume(Path("src"), "/mnt/src", ro=True), Volume(Path("/a:b"), "/out"))
     assert (said["serial"], said["timeout"]) == ("file=out.txt", "10")
     assert set(said) == set(settings.KEYS) - {"cmdline", "exec"}  # with those there is no root, or no initrd
 
 
 def test_options_replace_or_add(file: Path) -> None:
     said = told(
-        "--config", file, "-m", "64M", "-i", "mine", "--append", "debug", "--disk", "x", "--device", "virtio-rng"
+        "--config",
+        file,
+        "-m",
+        "64M",
+        "-i",
+        "mine",
+        "--append",
+        "debug",
+        "--disk",
+        "x",
+        "--volume",
+        "v:/v",
+        "--device",
+        "virtio-rng",
     )
     machine = settings.machine_config(said)
 
     assert (machine.mem, machine.cpus, machine.initrd) == (64 << 20, 2, (Path("mine"),))
     assert machine.append == ("root=/dev/vda rw", "quiet", "debug")
     assert machine.devices == (*DEVICES[:3], "virtio-blk,path=x", *DEVICES[3:], "virtio-rng")
+    assert [volume.guest for volume in machine.volumes] == ["/mnt/src", "/out", "/v"]
 
 
 def test_what_is_printed_says_the_same(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

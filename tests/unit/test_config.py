@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.config import MachineConfig, parse_count
+from kvmpy.config import MachineConfig, Volume, parse_count
 from kvmpy.core.errors import ConfigError
 from kvmpy.core.units import parse_size
 
@@ -64,3 +64,31 @@ def test_transport() -> None:
     assert MachineConfig.of(transport="pci").transport == "pci"
     with pytest.raises(ConfigError, match='invalid transport "usb"; use mmio or pci'):
         MachineConfig.of(transport="usb")
+
+
+@pytest.mark.parametrize(
+    ("text", "volume"),
+    [
+        ("src:/mnt", Volume(Path("src"), "/mnt")),
+        ("/a/b:/mnt//x/./y/:ro", Volume(Path("/a/b"), "/mnt/x/y", ro=True)),
+        ("/a:/b:/c:rw", Volume(Path("/a:/b"), "/c")),
+        ("ro:/ro", Volume(Path("ro"), "/ro")),
+    ],
+)
+def test_volume(text: str, volume: Volume) -> None:
+    assert Volume.of(text) == volume
+    assert Volume.of(str(volume)) == volume
+
+
+@pytest.mark.parametrize(
+    "text", ["", "src", "src:mnt", ":/mnt", "src:/", "src:/a/../b", "src:/mnt:rx", "src:ro", "a\0:/b"]
+)
+def test_volume_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="use HOST:GUEST"):
+        Volume.of(text)
+
+
+def test_tags_of_volumes() -> None:
+    config = MachineConfig.of(volumes=["a:/a", "b:/b:ro"])
+
+    assert [(tag, volume.guest) for tag, volume in config.tagged_volumes] == [("volume0", "/a"), ("volume1", "/b")]

@@ -833,7 +833,15 @@ def test_hostile_21_each_device_gives_nothing_back(each_device: VirtioDevice) ->
 
 
 # Queues in which a device takes a chain of one byte that it may only read.
-WORKING = {Type.BLOCK: (0, 1), Type.NET: (0, 1), Type.ENTROPY: (0,), Type.BALLOON: (0, 1, 3, 4), Type.CONSOLE: (1, 3)}
+WORKING = {
+    Type.BLOCK: (0, 1),
+    Type.NET: (0, 1),
+    Type.ENTROPY: (0,),
+    Type.BALLOON: (0, 1, 3, 4),
+    Type.CONSOLE: (1, 3),
+    Type.VSOCK: (1,),
+    Type.FS: (0, 1),
+}
 
 
 def test_hostile_22_every_head_comes_back(each_device: VirtioDevice) -> None:
@@ -856,7 +864,7 @@ def test_hostile_22_every_head_comes_back(each_device: VirtioDevice) -> None:
         tracemalloc.stop()
 
         assert not driver.needs_reset
-        assert kept[-1] < kept[1] + 4096
+        assert kept[-1] < kept[1] + 4096 + 32 * size  # Python keeps some small tuples; eight rounds would show
 
 
 class Mine:

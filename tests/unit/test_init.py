@@ -142,6 +142,20 @@ def test_a_command_without_a_shell(root: Path, command: str, shown: bytes, statu
 
 
 @needs_busybox
+def test_volumes_that_cannot_be_mounted(root: Path) -> None:
+    volumes = [("volume0", "/deep/er/src", True), ("volume1", "/out", False)]
+
+    shown, status = run(initramfs.build(exec="ls -d /deep/er/src /out", volumes=volumes), root)
+
+    assert status == 0
+    assert re.fullmatch(
+        rb"kvmpy init: cannot mount the volume /deep/er/src: .+\n"
+        rb"kvmpy init: cannot mount the volume /out: .+\n/deep/er/src\n/out\n",
+        shown,
+    )
+
+
+@needs_busybox
 def test_much_output_comes_whole(root: Path) -> None:
     shown, status = run(initramfs.build(exec="seq 200000; exit 4"), root)
 

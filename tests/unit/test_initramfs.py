@@ -97,6 +97,20 @@ def test_an_init_that_is_not_built(init: Path) -> None:
         initramfs.build(busybox=None)
 
 
+def test_the_agent_is_there_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = tmp_path / "agent"
+    monkeypatch.setattr(initramfs, "AGENT", agent)
+
+    with pytest.raises(HostError, match="make -C guests agent"):
+        initramfs.build(agent=True)
+    agent.write_bytes(b"the agent")
+    image = initramfs.build(agent=True)
+
+    assert contents(image, "usr/lib/kvmpy/agent") == b"the agent"
+    assert entries(image)["usr/lib/kvmpy/agent"].mode == stat.S_IFREG | 0o755
+    assert "usr/lib/kvmpy/agent" not in entries(initramfs.build())
+
+
 @needs_busybox
 def test_busybox_brings_its_commands() -> None:
     image = initramfs.build()
@@ -381,7 +395,7 @@ def test_the_command_line_makes_an_image(tmp_path: Path) -> None:
     out = tmp_path / "out.img"
     words = ["initrd", "-o", str(out), "--file", f"{tmp_path}/f:/data/f", "--busybox", "none", "--compress", "gzip"]
 
-    status = cli.run([*words, "--exec", f"{tmp_path}/job"])
+    status = cli.main([*words, "--exec", f"{tmp_path}/job"])
 
     assert status == 0
     assert contents(gzip.decompress(out.read_bytes()), "data/f") == b"text"
@@ -409,7 +423,7 @@ def test_mistakes_on_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    assert cli.run(["initrd", "--busybox", "none", *words]) == status
+    assert cli.main(["initrd", "--busybox", "none", *words]) == status
 
     error = capsys.readouterr().err
     assert message in error
@@ -457,3 +471,10 @@ def test_a_file_is_a_script_when_it_is_text(tmp_path: Path, content: bytes, mean
 @pytest.mark.parametrize("text", ["uname -a", "x" * 5000, "a\0b", ""])
 def test_what_is_no_file_is_a_command(text: str) -> None:
     assert initramfs.read_command(text) == text
+
+
+def test_volumes() -> None:
+    found = entries(initramfs.build(busybox=None, volumes=[("volume0", "/mnt/src", True), ("t", "/out", False)]))
+
+    assert bytes(found["etc/kvmpy/volumes"].data) == b"volume0\0/mnt/src\0ro\0t\0/out\0rw\0"
+    assert "etc/kvmpy/volumes" not in entries(initramfs.build(busybox=None))

@@ -9,7 +9,7 @@ import pytest
 from images import MIB, boot_sector, bzimage, elf, multiboot_elf, pvh_elf, with_size
 
 from kvmpy.boot.image import OPTIONS
-from kvmpy.cli import run
+from kvmpy.cli import main as run
 from kvmpy.cli.inspect import NEEDED
 
 CONFIG = "CONFIG_64BIT=y\nCONFIG_SMP=y\nCONFIG_VIRTIO_BLK=m\n# CONFIG_SERIAL_8250_CONSOLE is not set\n"

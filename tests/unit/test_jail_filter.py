@@ -8,8 +8,8 @@ import struct
 
 import pytest
 
-from kvmpy.sandbox.bpf import ALLOW, ERRNO, KILL, X32, X86_64, Instruction, OneOf, With, Without, assemble, program
-from kvmpy.sandbox.policy import FRUITLESS, IOCTLS, ROLE_IOCTLS, ROLES, SYSCALLS, filter_for
+from kvmpy.jail.bpf import ALLOW, ERRNO, KILL, X32, X86_64, Instruction, OneOf, With, Without, assemble, program
+from kvmpy.jail.policy import FRUITLESS, IOCTLS, ROLE_IOCTLS, ROLES, SYSCALLS, filter_for
 
 I386 = 0x40000003  # AUDIT_ARCH_I386
 DENY = ERRNO | errno.EPERM

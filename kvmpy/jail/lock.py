@@ -47,7 +47,7 @@ class Unavailable(Exception):
     """This host lacks a mechanism, or forbids it; the text says which and why."""
 
 
-class Sandbox:
+class Jail:
     """`lock` gives up what a machine that is complete does not need, `enter` what a thread does not.
 
     At level "strict", what cannot be had is an error, and what no rule allows ends the process; at "default" it is

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rig import BINARIES
 
-from kvmpy.sandbox.lock import landlock_abi, why_no_namespaces
+from kvmpy.jail.lock import landlock_abi, why_no_namespaces
 
 SECONDS = 60.0
 SECTOR = 512

@@ -1,0 +1,96 @@
+"""The options of `kvmpy run` and of a Sandbox: what they mean, and one line for each mistake."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+import kvmpy
+from kvmpy import cli
+from kvmpy.cli import run
+from kvmpy.core.errors import GuestLost
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize("words", [["--", "ls", "-l", "--", "x"], ["ls", "-l", "--", "x"]])
+def test_words_behind_the_command_are_its_own(words: list[str]) -> None:
+    args = parse("--cpus", "2", *words)
+
+    assert args.cpus == "2"
+    assert [word for word in args.command if word != "--"] == ["ls", "-l", "x"]
+
+
+def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HERE", "x=y")
+    monkeypatch.delenv("NOWHERE", raising=False)
+
+    assert run.variables(["A=1", "B=", "HERE", "NOWHERE", "A=2"]) == {"A": "2", "B": "", "HERE": "x=y"}
+
+
+def test_a_command_begins_in_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir("/usr/lib")
+    assert run.working_directory("host") == "/usr/lib"
+    assert run.working_directory("none") == ""
+    monkeypatch.chdir("/proc")
+    assert run.working_directory("host") == ""
+
+
+def test_root() -> None:
+    assert kvmpy.Sandbox().machine.config.root == Path("/")
+    assert kvmpy.Sandbox(root="tree").machine.config.root == Path("tree")
+    assert kvmpy.Sandbox(root="none").machine.config.root is None
+
+
+def test_volumes() -> None:
+    by_host = kvmpy.Sandbox(volumes={"a:b": "/c", Path("d"): "/e:ro"})
+    by_line = kvmpy.Sandbox(volumes=["x:/y:ro", "x:/z"])
+
+    assert list(map(str, by_host.machine.config.volumes)) == ["a:b:/c", "d:/e:ro"]
+    assert list(map(str, by_line.machine.config.volumes)) == ["x:/y:ro", "x:/z"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no command"),
+        (["--"], "there is no command"),
+        (["--volume", "src", "true"], 'invalid volume "src"; use HOST:GUEST[:ro]'),
+        (["--volume", "src:/", "true"], 'invalid volume "src:/"'),
+        (["--net", "tap", "true"], 'invalid network "tap"; use none or user'),
+        (["--env", "=1", "true"], '--env "=1" names no variable'),
+        (["--timeout", "soon", "true"], 'invalid time limit "soon"'),
+        (["--cpus", "0", "true"], 'invalid number of CPUs "0"'),
+        (["--mem", "lots", "true"], 'invalid size "lots"'),
+        (["--publish", "80:80", "true"], "ports cannot be published without a network"),
+        (["--publish", "what", "--net", "user", "true"], 'cannot publish "what"'),
+    ],
+)
+def test_mistakes(capfd: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert cli.main(["run", *words]) == 125
+
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(f"kvmpy: {message}")
+    assert err.count("\n") == 1
+
+
+def test_a_sandbox_that_does_not_run() -> None:
+    sandbox = kvmpy.Sandbox()
+
+    with pytest.raises(GuestLost, match="the sandbox does not run"):
+        sandbox.run("true")
+    sandbox.close()
+    sandbox.close()
+
+
+def test_errors_say_where_and_what_to_do() -> None:
+    error = kvmpy.CommandError("exec", 2, "command x", "install it", status=127)
+
+    assert (error.stage, error.errno, error.hint, error.status) == ("exec", 2, "install it", 127)
