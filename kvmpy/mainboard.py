@@ -143,6 +143,11 @@ class MainBoard:
         self.virtio_mmio.append((VirtioMmio(device, self, self.irq(gsi)), gsi))
         self.modules += [*VirtioMmio.modules, *device.modules]
 
+    def virtio_devices(self) -> list[VirtioDevice]:
+        """All of them, whatever their transport."""
+        transports: list[VirtioMmio | VirtioPci] = [*self.virtio_pci, *(transport for transport, _ in self.virtio_mmio)]
+        return [transport.core.device for transport in transports]
+
     def virtio_resources(self) -> list[tuple[int, int, int]]:
         """(base, bytes, gsi) of each virtio-mmio device, in the order in which they were attached."""
         return [(transport.base, transport.window, gsi) for transport, gsi in self.virtio_mmio]

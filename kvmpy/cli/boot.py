@@ -91,7 +91,7 @@ def boot(
     if kind == "stdio":
         previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: tell_size(machine))
     try:
-        machine.start(lock.lock_down if lock is not None else None)
+        machine.start(None if lock is None else lambda: lock.lock_down(machine))
         if kind == "stdio":
             tell_size(machine)
         stop = machine.wait(timeout)

@@ -32,13 +32,18 @@ class Lock:
         self._with_json = with_json
         self._steward = Steward()
 
-    def lock_down(self) -> Callable[[str], None]:
-        """For Machine.start. Raises HostError where --sandbox strict cannot be had."""
+    def lock_down(self, machine: Machine) -> Callable[[str], None]:
+        """For Machine.start. Raises HostError or ConfigError where --sandbox strict cannot be had."""
+        reaching = [device for device in machine.board.virtio_devices() if device.reaches]
+        if reaching and self._level == "strict":
+            raise ConfigError(
+                f"a {type(reaching[0]).__name__} opens files or sockets while the guest runs", "use --sandbox default"
+            )
         _preload(with_json=self._with_json)
         sockets = sys.modules.get("kvmpy.host.unix_socket")
         self._steward.seal(sockets.NAMES if sockets else ())
         log.need_no_imports()
-        jail = Jail(self._level)
+        jail = Jail(self._level, reaching=bool(reaching))
         jail.lock()
         if jail.missing:
             log.warning(f"the sandbox is incomplete: {'; '.join(jail.missing)}")
@@ -71,5 +76,5 @@ def _preload(*, with_json: bool) -> None:
         from ..host.disk import prepare_allocation
 
         prepare_allocation()
-        if not PURE:
-            from ..virtio import twin  # noqa: F401
+    if not PURE and ("kvmpy.virtio.blk" in sys.modules or "kvmpy.virtio.net" in sys.modules):
+        from ..virtio import twin  # noqa: F401

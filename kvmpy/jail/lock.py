@@ -54,8 +54,11 @@ class Jail:
     left out and told in `missing`, and a forbidden call fails with EPERM. `in_force` says what has been done.
     """
 
-    def __init__(self, level: str) -> None:
+    def __init__(self, level: str, *, reaching: bool = False) -> None:
+        """`reaching`: devices open files and sockets while the guest runs. Then there are neither Landlock nor a limit
+        on descriptors, capabilities stay, and level "strict" cannot be."""
         self.level = level
+        self._reaching = reaching
         self.in_force: list[str] = []
         self.missing: list[str] = []
 
@@ -64,10 +67,11 @@ class Jail:
 
         Raises HostError at level "strict"; nobody must go on then.
         """
-        steps: list[Callable[[], str]] = [_no_new_privileges, _limits]
+        steps: list[Callable[[], str]] = [_no_new_privileges, lambda: _limits(files=not self._reaching)]
         if self.level == "strict":
             steps.append(_empty_world)
-        steps += [_no_capabilities, _not_dumpable, _landlock, lambda: self._seccomp(role, everybody=True)]
+        steps += [_not_dumpable] if self._reaching else [_no_capabilities, _not_dumpable, _landlock]
+        steps.append(lambda: self._seccomp(role, everybody=True))
         for step in steps:
             try:
                 self.in_force.append(step())
@@ -85,7 +89,7 @@ class Jail:
                 raise
 
     def _seccomp(self, role: str, *, everybody: bool = False) -> str:
-        code = _filter(role, self.level == "strict")
+        code = _filter(role, self.level == "strict", self._reaching)
         buffer = ffi.from_buffer(code)
         header = bytearray(struct.pack("<H6xQ", len(code) // 8, _address(buffer)))  # struct sock_fprog
         flags = SECCOMP_FILTER_FLAG_SPEC_ALLOW | (SECCOMP_FILTER_FLAG_TSYNC if everybody else 0)
@@ -94,8 +98,8 @@ class Jail:
 
 
 @cache
-def _filter(role: str, kill: bool) -> bytes:
-    return assemble(filter_for(role, kill=kill))
+def _filter(role: str, kill: bool, reaching: bool) -> bytes:
+    return assemble(filter_for(role, kill=kill, reaching=reaching))
 
 
 def _no_new_privileges() -> str:
@@ -103,9 +107,10 @@ def _no_new_privileges() -> str:
     return "no_new_privs"
 
 
-def _limits() -> str:
-    highest = max(map(int, os.listdir("/proc/self/fd")), default=0)
-    limits = {RLIMIT_CORE: 0, RLIMIT_NOFILE: highest + SPARE_FILES}
+def _limits(*, files: bool) -> str:
+    limits = {RLIMIT_CORE: 0}
+    if files:
+        limits[RLIMIT_NOFILE] = max(map(int, os.listdir("/proc/self/fd")), default=0) + SPARE_FILES
     for resource, wanted in limits.items():
         old = bytearray(16)
         _call("prlimit", PRLIMIT64, 0, resource, 0, _address(ffi.from_buffer(old)))

@@ -101,8 +101,26 @@ FRUITLESS = {
 }  # fmt: skip
 
 
-def filter_for(role: str, *, kill: bool) -> list[Instruction]:
-    """The seccomp filter of a role. What nothing here needs is refused with EPERM, or with `kill` ends the process."""
+# What devices need that open files or sockets on behalf of their guests: shared folders, and streams that it dials.
+REACHING = {
+    "open": 2, "stat": 4, "lstat": 6, "access": 21, "socket": 41, "connect": 42, "truncate": 76, "getcwd": 79,
+    "rename": 82, "mkdir": 83, "rmdir": 84, "link": 86, "unlink": 87, "symlink": 88, "readlink": 89, "chmod": 90,
+    "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "umask": 95, "statfs": 137, "fstatfs": 138, "setxattr": 188,
+    "lsetxattr": 189, "fsetxattr": 190, "getxattr": 191, "lgetxattr": 192, "fgetxattr": 193, "listxattr": 194,
+    "llistxattr": 195, "flistxattr": 196, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199,
+    "getdents64": 217, "openat": 257, "mkdirat": 258, "fchownat": 260, "newfstatat": 262, "unlinkat": 263,
+    "renameat": 264, "linkat": 265, "symlinkat": 266, "readlinkat": 267, "fchmodat": 268, "faccessat": 269,
+    "sync_file_range": 277, "utimensat": 280, "syncfs": 306, "renameat2": 316, "copy_file_range": 326, "statx": 332,
+    "faccessat2": 439, "fchmodat2": 452,
+}  # fmt: skip
+
+
+def filter_for(role: str, *, kill: bool, reaching: bool = False) -> list[Instruction]:
+    """The seccomp filter of a role. What nothing here needs is refused with EPERM, or with `kill` ends the process.
+
+    With `reaching`, all but vCPUs may open files and sockets.
+    """
+    more = set(REACHING.values()) if reaching and role != "vcpu" else set()
     refuse = ERRNO | errno.EPERM
     names = ROLES[role].split()
     conditions: dict[str, tuple[Condition, int]] = {
@@ -114,7 +132,8 @@ def filter_for(role: str, *, kill: bool) -> list[Instruction]:
         "newfstatat": (With(3, AT_EMPTY_PATH), ERRNO | errno.EACCES),  # how glibc does fstat
     }
     conditional = {SYSCALLS[name]: check for name, check in conditions.items() if name in names}
-    plain = sorted({SYSCALLS[name] for name in names if name not in conditions and name != "clone3"})
-    refused = dict.fromkeys(FRUITLESS.values(), ERRNO | errno.EACCES)
+    conditional = {number: check for number, check in conditional.items() if number not in more}
+    plain = sorted({SYSCALLS[name] for name in names if name not in conditions and name != "clone3"} | more)
+    refused = dict.fromkeys(set(FRUITLESS.values()) - more, ERRNO | errno.EACCES)
     refused[SYSCALLS["clone3"]] = ERRNO | errno.ENOSYS  # its flags are in memory; glibc then takes clone
     return program(conditional, plain, refused, KILL if kill else refuse)

@@ -144,6 +144,14 @@ def test_clone_makes_threads_only_and_only_for_the_main_thread() -> None:
     assert verdict(vcpu, SYSCALLS["clone"], [0x3D0F00]) == KILL
 
 
+@pytest.mark.parametrize(("role", "outcome"), [("process", ALLOW), ("loop", ALLOW), ("vcpu", ERRNO | errno.EACCES)])
+def test_devices_that_reach_out_may_open_files_but_vcpus_may_not(role: str, outcome: int) -> None:
+    code = filter_for(role, kill=False, reaching=True)
+
+    assert verdict(code, 257, [0xFFFFFF9C]) == outcome  # openat
+    assert verdict(code, 59, []) == DENY  # execve
+
+
 def test_the_call_of_an_exit_is_decided_first() -> None:
     code = filter_for("vcpu", kill=True)
 
