@@ -38,7 +38,7 @@ LANDLOCK_CREATE_RULESET_VERSION = 1
 
 # What a Landlock ABI adds to what can be forbidden: (first ABI, file system, network, scopes). All of it is.
 LANDLOCK = ((1, 0x1FFF, 0, 0), (2, 0x2000, 0, 0), (3, 0x4000, 0, 0), (4, 0, 3, 0), (5, 0x8000, 0, 0), (6, 0, 0, 3))
-SPARE_FILES = 64  # descriptors that may be opened in addition: clients of sockets, doorbells
+SPARE_FILES = 1024  # descriptors that may be opened in addition: doorbells and vectors of drivers, clients of sockets
 
 Enter = Callable[[str], None]  # called on a thread when it starts, with its role: see policy.ROLES
 

@@ -28,7 +28,8 @@ SYSCALLS = {
     "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "epoll_pwait": 281, "fallocate": 285,
     "accept4": 288, "eventfd2": 290, "dup3": 292,
     "pipe2": 293, "preadv": 295, "pwritev": 296, "prlimit64": 302, "seccomp": 317, "getrandom": 318, "membarrier": 324,
-    "preadv2": 327, "pwritev2": 328, "rseq": 334, "clone3": 435, "epoll_pwait2": 441,
+    "preadv2": 327, "pwritev2": 328,
+    "rseq": 334, "gettimeofday": 96, "time": 201, "getcpu": 309, "clone3": 435, "epoll_pwait2": 441,
 }  # fmt: skip
 
 IOCTLS = {
@@ -44,17 +45,19 @@ IOCTLS = {
     "KVM_KVMCLOCK_CTRL": 0xAEAD, "KVM_GET_IRQCHIP": 0xC208AE62, "KVM_SET_IRQCHIP": 0x8208AE63,
     "KVM_GET_PIT2": 0x8070AE9F, "KVM_SET_PIT2": 0x4070AEA0, "KVM_GET_DIRTY_LOG": 0x4010AE42, "KVM_NMI": 0xAE9A,
     "KVM_GET_TSC_KHZ": 0xAEA3, "KVM_GET_CPUID2": 0xC008AE91,
-    "TCGETS": 0x5401, "TCSETS": 0x5402, "TIOCGPGRP": 0x540F, "TIOCGWINSZ": 0x5413, "FIONBIO": 0x5421, "FIOCLEX": 0x5451,
+    "TCGETS2": 0x802C542A, "TCSETS2": 0x402C542B, "TCGETS": 0x5401, "TCSETS": 0x5402,
+    "TIOCGPGRP": 0x540F, "TIOCGWINSZ": 0x5413, "FIONBIO": 0x5421, "FIOCLEX": 0x5451,
     "KVM_GET_API_VERSION": 0xAE00, "KVM_CREATE_VM": 0xAE01, "KVM_CHECK_EXTENSION": 0xAE03,
     "KVM_GET_VCPU_MMAP_SIZE": 0xAE04, "KVM_CREATE_VCPU": 0xAE41, "KVM_SET_USER_MEMORY_REGION": 0x4020AE46,
 }  # fmt: skip
 
 MEMORY = "brk madvise mmap mprotect mremap munmap"  # mmap and mprotect have conditions
-THREAD = "exit futex getpid gettid rt_sigprocmask rt_sigreturn sched_yield sigaltstack clock_gettime restart_syscall"
+THREAD = "exit futex getpid gettid rt_sigprocmask rt_sigreturn sched_yield sigaltstack restart_syscall"
+CLOCKS = "clock_gettime getcpu gettimeofday time"  # where the host's clock cannot be read without a system call
 DOORBELLS = "close epoll_ctl eventfd2 read write"  # a driver that sets up a PCI device makes and ends them
 
 # What a vCPU's thread does besides KVM_RUN: the registers of devices, and log lines.
-VCPU = f"{THREAD} {MEMORY} {DOORBELLS} ioctl tgkill"
+VCPU = f"{THREAD} {CLOCKS} {MEMORY} {DOORBELLS} ioctl tgkill"
 
 # An event loop does the work of devices and the console: it moves bytes between descriptors that are open.
 LOOP = f"""
@@ -84,7 +87,7 @@ BUILDING = (
     "KVM_GET_API_VERSION", "KVM_CREATE_VM", "KVM_CHECK_EXTENSION", "KVM_GET_VCPU_MMAP_SIZE", "KVM_CREATE_VCPU",
     "KVM_SET_USER_MEMORY_REGION",
 )  # fmt: skip
-STREAMS = ("TCGETS", "TCSETS", "TIOCGPGRP", "TIOCGWINSZ", "FIONBIO", "FIOCLEX")
+STREAMS = ("TCGETS", "TCSETS", "TCGETS2", "TCSETS2", "TIOCGPGRP", "TIOCGWINSZ", "FIONBIO", "FIOCLEX")
 ROLE_IOCTLS = {
     "vcpu": (*AT_WORK, "TCGETS"),
     "loop": (*AT_WORK, *STREAMS),
