@@ -1,6 +1,6 @@
 """What each thread of a locked-in kvmpy may still ask of the kernel.
 
-Found by tracing CPython 3.11 and glibc through every device and every ending; the reasons are beside what surprises.
+Found with CPython 3.11 and glibc, by tracing the tests of devices and endings; the reasons are beside what surprises.
 Numbers are those of arch/x86/entry/syscalls/syscall_64.tbl, <linux/kvm.h>, <asm-generic/ioctls.h>, <linux/if_tun.h>.
 """
 
