@@ -15,8 +15,9 @@
  * and, as any initramfs is told (Documentation/admin-guide/kernel-parameters.rst), in /proc/cmdline:
  *   root=/dev/NAME, root=LABEL=NAME or root=UUID=ID  the disk to go on from (by label and id: ext2, ext3, ext4 only);
  *                         with rootfstype=, rw, and init=. There is a shell when that is not possible.
- *   ip=ADDRESS::GATEWAY:MASK::eth0:off:NAMESERVER
- *                         (Documentation/admin-guide/nfs/nfsroot.rst) the first network card, and /etc/resolv.conf
+ *   kvmpy.ip=ADDRESS::GATEWAY:MASK::eth0:off:NAMESERVER
+ *                         set up the first network card and /etc/resolv.conf; as ip= in Linux's admin-guide/nfs/nfsroot.rst,
+ *                         which Linux, where it obeys that, does before there is a driver
  *   kvmpy.root=TAG        the folder of the host with this tag becomes the root, with a tmpfs above it that takes all
  *                         writes; the machine ends when that cannot be done
  *   kvmpy.agent=1         start the agent, in the root that the rest is to have
@@ -179,6 +180,7 @@ static void mount_all(void)
 		SYS(mkdir, mounts[i].path, 0755);
 		SYS(mount, mounts[i].type, mounts[i].path, mounts[i].type, mounts[i].flags, mounts[i].options);
 	}
+	SYS(chmod, "/", 0755); /* in a kernel with tmpfs, all may write to the root of an initramfs */
 	SYS(mkdir, "/dev/shm", 0);
 	SYS(chmod, "/dev/shm", 01777);
 	for (unsigned i = 0; i < sizeof links / sizeof links[0]; i++)
@@ -314,7 +316,7 @@ static unsigned address_in(const char **text)
 	return address;
 }
 
-/* Set up eth0 as ip= says, if it does. */
+/* Set up eth0 as kvmpy.ip= says, if it does. */
 static void network_up(void)
 {
 	enum { SET_FLAGS = 0x8914, SET_ADDRESS = 0x8916, SET_MASK = 0x891c, ADD_ROUTE = 0x890b }; /* linux/sockios.h */
@@ -343,7 +345,7 @@ static void network_up(void)
 		unsigned short timeout;
 	} route = {.target.family = 2, .gateway.family = 2, .mask.family = 2, .flags = 3 /* RTF_UP | RTF_GATEWAY */};
 	char words[128], resolver[80] = "nameserver ";
-	const char *at = option("ip=", words, sizeof words);
+	const char *at = option("kvmpy.ip=", words, sizeof words);
 	long fd = at ? SYS(socket, 2 /* AF_INET */, 2 /* SOCK_DGRAM */, 0) : -1, error;
 
 	if (fd < 0)

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .aio import AsyncSandbox as AsyncSandbox
     from .config import MachineConfig as MachineConfig
     from .console import ConsoleTimeout as ConsoleTimeout
     from .core.board import Board as Board
@@ -39,11 +40,14 @@ if TYPE_CHECKING:
     from .core.regs import RegisterDevice as RegisterDevice
     from .core.regs import bit as bit
     from .machine import Machine as Machine
+    from .pool import SandboxPool as SandboxPool
     from .sandbox import Sandbox as Sandbox
 
 _HOMES = {
     "Machine": "machine",
+    "AsyncSandbox": "aio",
     "Sandbox": "sandbox",
+    "SandboxPool": "pool",
     "MachineConfig": "config",
     "ConsoleTimeout": "console",
     "Board": "core.board",

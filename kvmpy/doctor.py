@@ -228,6 +228,10 @@ def guests() -> Iterator[Check]:
         yield Check("init", Level.OK, "the built-in initramfs has its first process")
     else:
         yield Check("init", Level.WARN, "the built-in initramfs lacks its first process", "run `make -C guests init`")
+    if initramfs.AGENT.is_file():
+        yield Check("agent", Level.OK, "`kvmpy run` has what serves it in guests")
+    else:
+        yield Check("agent", Level.WARN, "`kvmpy run` lacks what serves it in guests", "run `make -C guests agent`")
     busybox = initramfs.find_busybox()
     if busybox:
         yield Check("busybox", Level.OK, f"{printable(str(busybox))} gives guests a shell")

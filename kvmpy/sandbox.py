@@ -26,9 +26,7 @@ from .core.errors import ConfigError, GuestLost
 from .guest.client import Agent, Word
 from .guest.process import Completed, Process
 from .guest.protocol import PORT
-from .host.passt import Address, Passt, parse_forwards
 from .machine import Machine
-from .virtio.net import Net
 from .virtio.vsock import Vsock
 
 START_SECONDS = 60.0  # from power-on to the agent: 0.3 on an idle host
@@ -37,8 +35,6 @@ VERDICT_SECONDS = 2.0  # from a connection's end to that of the machine, if that
 REPORTED = (Reason.PANIC, Reason.TRIPLE_FAULT, Reason.CRASH, Reason.ERROR)
 HOST, NONE = "host", "none"
 NETWORKS = (NONE, "user")
-ADDRESS = Address("10.0.2.15", 24, "10.0.2.2", "10.0.2.3")
-IP_WORD = f"ip={ADDRESS.ip}::{ADDRESS.gateway}:255.255.255.0::eth0:off:{ADDRESS.nameserver}"  # guests/init.c
 
 
 class Sandbox:
@@ -77,6 +73,11 @@ class Sandbox:
     ) -> None:
         if network not in NETWORKS:
             raise ConfigError(f'invalid network "{network}"', f"use {' or '.join(NETWORKS)}")
+        words = []
+        if network != NONE:
+            from .virtio.user_net import IP_WORD  # takes as long as all the rest, for those who want it
+
+            words = [IP_WORD]
         self.env, self.cwd, self.user = dict(env or {}), cwd, user
         self.stopped: Stop | None = None  # how the machine has ended, once it has
         self.report = ""  # and the crash report, if that was no orderly end
@@ -96,7 +97,7 @@ class Sandbox:
                 modules_dir=modules_dir,
                 mem=mem,
                 cpus=cpus,
-                append=[IP_WORD] if network != NONE else [],
+                append=words,
                 agent=True,
                 root="/" if root == HOST else None if root == NONE else root,
                 volumes=_volumes(volumes),
@@ -106,7 +107,7 @@ class Sandbox:
     # Life.
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self if self._keeper is not None else self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -117,20 +118,13 @@ class Sandbox:
         """Boot, and wait until commands can be run."""
         if self._keeper is not None:
             raise ConfigError("this sandbox was started before", "make another one")
-        machine = self.machine
-        machine.add(self._vsock)
-        if self._network != NONE:
-            machine.add(_Net("+".join(self._published)))
-        elif self._published:
-            raise ConfigError("ports cannot be published without a network", 'give network="user" (--net user)')
-        self._vsock.listen(PORT, self._greeted)
         try:
             with progress.working("starting a machine"):
                 self._boot()
         except BaseException:
             self.close()
             raise
-        self.ready_seconds = time.monotonic() - machine.started_at
+        self.ready_seconds = time.monotonic() - self.machine.started_at
         return self
 
     def close(self) -> None:
@@ -213,7 +207,16 @@ class Sandbox:
     # Inside.
 
     def _boot(self) -> None:
-        self.machine.start()
+        machine = self.machine
+        machine.add(self._vsock)
+        if self._network != NONE:
+            from .virtio.user_net import UserNet
+
+            machine.add(UserNet("+".join(self._published)))
+        elif self._published:
+            raise ConfigError("ports cannot be published without a network", 'give network="user" (--net user)')
+        self._vsock.listen(PORT, self._greeted)
+        machine.start()
         self._keeper = threading.Thread(target=self._keep, name="kvmpy-keeper", daemon=True)
         self._keeper.start()
         if not self._ready.wait(self._start_timeout):
@@ -274,17 +277,6 @@ class _Door:
         error = GuestLost(f"the guest is lost: {sandbox.stopped}")
         error.stop, error.report = sandbox.stopped, sandbox.report
         return error
-
-
-class _Net(Net):
-    """A network card on a passt that gives the guest a known address."""
-
-    def __init__(self, publish: str) -> None:
-        super().__init__(backend="none")
-        self._forwards = parse_forwards(publish) if publish else []
-
-    def open(self) -> Passt:
-        return Passt(self._forwards, address=ADDRESS)
 
 
 def _volumes(volumes: Mapping[str | PathLike[str], str] | Sequence[str]) -> list[str]:

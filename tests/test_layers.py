@@ -39,6 +39,8 @@ ALLOWED = {
     "report": {"core", "evidence", "hints", "kvm.state", "machine", "x86.flags"},
     "sandbox": {"config", "core", "guest", "host", "machine", "report", "virtio"},
     "doctor": {"boot", "core", "host", "jail", "kvm"},
+    "aio": {"guest", "machine", "sandbox"},
+    "pool": {"core", "sandbox"},
     "pytest_plugin": {"core", "doctor", "kvm", "machine", "report", "sandbox"},
     "cli": {
         "boot", "catalogue", "config", "console", "core", "doctor", "guest", "host", "jail", "kvm", "machine", "report",

@@ -124,12 +124,27 @@ def _complain(line: str) -> None:
     tell(escaped(line.replace("\n", " ")))
 
 
-def tell(text: str) -> None:
-    """Lines on standard error. When they cannot be written there is nobody to tell; the exit status does."""
+def tell(text: str, *, hurry: bool = False) -> None:
+    """Lines on standard error. When they cannot be written there is nobody to tell; the exit status does.
+
+    In a `hurry`, nobody who does not read is waited for, as long as the host can tell: what full terminals and pipes
+    do not take within a second is dropped.
+    """
+    if hurry and not _has_room(2):
+        _abandon(2)
+        return
     try:
         print(text, file=sys.stderr)
     except OSError:
         _abandon(2)
+
+
+def _has_room(fd: int) -> bool:
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(1000))
 
 
 def _abandon(fd: int) -> None:

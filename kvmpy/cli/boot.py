@@ -112,7 +112,7 @@ def boot(
     if report:
         on_one_terminal = kind == "stdio" and sys.stderr.isatty()
         fresh_line = "\n" if on_one_terminal and not machine.console.text.endswith(("\n", "\r")) else ""
-        tell(fresh_line + report)
+        tell(fresh_line + report, hurry=stop.reason is Reason.SIGNAL)
     return status
 
 

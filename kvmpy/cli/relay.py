@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from types import FrameType
 
-from ..core.errors import GuestLost, KvmpyError, TimedOut
+from ..core.errors import GuestLost, HostError, KvmpyError, TimedOut
 from ..guest.process import Process
 from ..host.tty import RawTerminal, is_ours
 
@@ -54,8 +54,8 @@ class Relay:
         self._waiting: dict[int, float] = {}  # since when there has been no output for a descriptor of ours
 
     def run(self, timeout: float | None) -> int:
-        """Raises TimedOut after `timeout` seconds, when the command has been killed, GuestLost, and OSError for output
-        that cannot be written."""
+        """Raises TimedOut after `timeout` seconds, when the command has been killed, GuestLost, and HostError for
+        output that cannot be written."""
         process = self._process
         outputs = [
             threading.Thread(target=self._pass_out, args=ends, name="kvmpy-output", daemon=True)
@@ -96,6 +96,8 @@ class Relay:
                 return code if code >= 0 else 128 - code
             if isinstance(news, BrokenPipeError):
                 return BROKEN_PIPE  # as a command of the host, which would have had SIGPIPE
+            if isinstance(news, OSError):
+                raise HostError(f"cannot write the output of the command: {news.strerror}", "make room for it")
             if isinstance(news, Exception):
                 raise news
             if news in ENDING:

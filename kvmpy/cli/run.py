@@ -11,7 +11,7 @@ import os
 import sys
 from subprocess import PIPE
 
-from ..core.errors import ConfigError, GuestLost, HostError
+from ..core.errors import ConfigError, GuestLost
 from ..core.text import printable
 from ..sandbox import HOST, NONE, Sandbox
 from . import boot, relay, tell
@@ -85,10 +85,6 @@ def execute(args: argparse.Namespace, command: list[str], *, tty: bool) -> int:
         lines = sandbox.logs().splitlines()[-TAIL:]
         tell("\n".join([f"kvmpy: {printable(str(error))}", *(f"| {printable(line)}" for line in lines)]))
         return error.status
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise HostError(f"cannot write the output of the command: {error.strerror}") from None
 
 
 def variables(texts: list[str]) -> dict[str, str]:

@@ -116,7 +116,7 @@ class AgentError(KvmpyError):
     errno: int
 
     def __init__(self, stage: str, errno: int, what: str, remedy: str = "") -> None:
-        super().__init__(f"{what}: {os.strerror(errno)}", remedy)
+        super().__init__(what, remedy)
         self.stage = stage
         self.errno = errno
 

@@ -51,8 +51,11 @@ class Link:
         with self._sending:
             self._unsent += data
         while self._flush():
-            if not self._wait(select.POLLOUT, deadline):
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
                 return False
+            # In slices: another thread may close the socket, and its number may then be another file's.
+            self._wait(select.POLLOUT, now + 1 if deadline is None else min(deadline, now + 1))
         return True
 
     def receive(self, deadline: float | None = None) -> list[Frame]:
@@ -179,25 +182,30 @@ def failure(payload: bytes) -> AgentError | GuestLost:
     name = Stage(stage).name.lower() if stage in Stage.__members__.values() else str(stage)
     if number not in errno.errorcode:
         return GuestLost(f"the guest's agent sent ERROR {stage} with errno {number}")
+    why = os.strerror(number)
     if stage == Stage.FILE:
-        return GuestFileError(name, number, f"in the guest: {text}")
+        return GuestFileError(name, number, f"in the guest: {text}: {why}")
     if stage in COMMAND_STAGES:
-        return _command_error(Stage(stage), name, number, text)
+        return _command_error(Stage(stage), name, number, text, why)
     remedy = "the guest needs more memory, or has too much running" if stage == Stage.SYSTEM else ""
-    return AgentError(name, number, f"the guest's agent: {text}", remedy)
+    return AgentError(name, number, f"the guest's agent: {text}: {why}", remedy)
 
 
-def _command_error(stage: Stage, name: str, number: int, text: str) -> CommandError:
+def _command_error(stage: Stage, name: str, number: int, text: str, why: str) -> CommandError:
+    is_missing = number in (errno.ENOENT, errno.ENOTDIR)
     if stage == Stage.USER:
-        return CommandError(name, number, f'user "{text}" in the guest', "it is looked for in the guest's /etc/passwd")
+        if is_missing:
+            return CommandError(name, number, f'no user "{text}" in the guest', "it has to be in its /etc/passwd")
+        return CommandError(name, number, f'cannot become user "{text}" in the guest: {why}')
     if stage == Stage.LIMIT:
-        return CommandError(name, number, f"resource limit {text} in the guest")
+        return CommandError(name, number, f"resource limit {text} in the guest: {why}")
     if stage == Stage.CWD:
-        return CommandError(name, number, f'working directory "{text}" in the guest', "make it first")
+        return CommandError(name, number, f'working directory "{text}" in the guest: {why}', "make it first")
     if stage == Stage.LOADER:
         return CommandError(name, number, f'what must load or interpret "{text}" is not in the guest', status=127)
-    missing = number in (errno.ENOENT, errno.ENOTDIR)
-    return CommandError(name, number, f'command "{text}" in the guest', status=127 if missing else 126)
+    if is_missing:
+        return CommandError(name, number, f'command "{text}" not found in the guest', status=127)
+    return CommandError(name, number, f'cannot execute "{text}" in the guest: {why}', status=126)
 
 
 def fs_bytes(text: str | bytes | os.PathLike[str]) -> bytes:

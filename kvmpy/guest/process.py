@@ -370,18 +370,23 @@ def run(
     with Process(
         connect, args, **{"stdin": stdin, "stdout": PIPE, "stderr": PIPE, "timeout": timeout, **how}
     ) as process:
+        return complete(process, input, timeout, deadline)
+
+
+def complete(process: Process, input: bytes | None, timeout: float | None, deadline: float | None) -> Completed:
+    """Carry a process to its end, which comes at `deadline` at the latest; raises as `Agent.run`."""
+    try:
+        left = None if deadline is None else max(0, deadline - time.monotonic())
+        stdout, stderr = process.communicate(input or b"", left)
+    except TimedOut:
+        process.kill(group=True)
         try:
-            left = None if deadline is None else max(0, deadline - time.monotonic())
-            stdout, stderr = process.communicate(input or b"", left)
-        except TimedOut:
-            process.kill(group=True)
-            try:
-                out, err = process.communicate(timeout=COLLECT)
-            except TimedOut as late:  # something of it has left the process group, and has the output open
-                out, err = late.stdout, late.stderr
-            raise TimedOut(
-                f"{_shown(process.args)} was killed after {timeout:g} s", "give it more time", out, err
-            ) from None
+            out, err = process.communicate(timeout=COLLECT)
+        except TimedOut as late:  # something of it has left the process group, and has the output open
+            out, err = late.stdout, late.stderr
+        raise TimedOut(
+            f"{_shown(process.args)} was killed after {timeout:g} s", "give it more time", out, err
+        ) from None
     assert process.usage is not None and process.returncode is not None
     return Completed(process.args, process.returncode, stdout, stderr, process.usage.elapsed / 1e9)
 

@@ -6,6 +6,7 @@ from enum import IntEnum, IntFlag
 from typing import TypeVar
 
 from ..core.errors import GuestError
+from ..core.text import escaped
 from ..core.wire import Wire, b4, u8, u16, u32, u64
 
 PORT = 1024  # of AF_VSOCK
@@ -188,9 +189,10 @@ def parse_entry(payload: bytes) -> tuple[Entry, bytes, bytes]:
 
 
 def parse_error(payload: bytes) -> tuple[int, int, str]:
-    """Stage, errno and text; raises GuestError."""
+    """Stage, errno, and the text fit for a terminal; raises GuestError."""
     error = parse(Error, payload[: Error.SIZE])
-    return error.stage, error.errno, payload[Error.SIZE :].decode("utf-8", "replace")
+    text = payload[Error.SIZE :].decode("utf-8", "replace")
+    return error.stage, error.errno, escaped(text).replace("\n", r"\n")
 
 
 def parse(kind: type[W], payload: bytes) -> W:

@@ -83,8 +83,6 @@ def test_all_that_the_agent_does(cloud: Path, tmp_path: Path) -> None:
         with pytest.raises(GuestLost) as lost:
             running.wait(LIMIT)
         vm.wait(LIMIT)
-        with pytest.raises(GuestLost):
-            Agent(agent._connect).run(["true"], timeout=5)
 
     assert (done.stdout, done.stderr, done.returncode) == (b"in\n0\n", b"err\n", 3)
     assert (len(much.stdout), len(much.stderr), killed.returncode) == (600_000, 600_000, -signal.SIGSEGV)

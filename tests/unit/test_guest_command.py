@@ -484,6 +484,14 @@ def test_an_agent_without_means() -> None:
     assert (caught.value.stage, caught.value.errno, isinstance(caught.value, KvmpyError)) == ("system", 11, True)
 
 
+def test_what_a_guest_says_in_an_error_does_nothing_to_a_terminal() -> None:
+    failure = frame(Kind.ERROR, bytes(protocol.Error(protocol.Stage.CWD, errno.EACCES)) + b"\x1b]0;title\x07\n\xff")
+    with saying(GREETING, failure) as agent, pytest.raises(CommandError) as caught:
+        agent.run(["x"])
+
+    assert str(caught.value).isprintable()
+
+
 def test_an_agent_that_is_silent() -> None:
     ours, theirs = socket.socketpair()
     with theirs, pytest.raises(TimedOut, match="not started"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvmpy.core.errors import ConfigError, HostError
-from kvmpy.host.passt import Forward, Passt, parse_forwards
+from kvmpy.host.passt import Address, Forward, Passt, parse_forwards
 
 SECONDS = 30.0
 GUEST = bytes.fromhex("020000000001")
@@ -121,6 +121,16 @@ def test_passt_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     with pytest.raises(HostError, match="passt does not start: No routable interface; it needs"):
         Passt()
+
+
+@needs_passt
+def test_says_the_address_that_the_guest_is_to_have() -> None:
+    passt = Passt(address=Address("10.7.8.9", 24, "10.7.8.1", "10.7.8.2"))
+    assert passt.process is not None
+    words = Path(f"/proc/{passt.process.pid}/cmdline").read_text().split("\0")
+    passt.close()
+
+    assert "--address 10.7.8.9 --netmask 24 --gateway 10.7.8.1 --dns-forward 10.7.8.2" in " ".join(words)
 
 
 @needs_passt

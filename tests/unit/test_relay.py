@@ -136,6 +136,17 @@ def test_a_reader_that_has_enough(start: Start) -> None:
     assert process.wait(LIMIT) == 128 + signal.SIGPIPE
 
 
+def test_output_that_has_no_room(start: Start) -> None:
+    with open("/dev/full", "wb") as full:
+        process = start("sh", "-c", "while :; do echo more; done", stdout=full)
+
+        assert process.wait(LIMIT) == 125
+    assert process.stderr is not None
+    assert (
+        process.stderr.read() == b"cannot write the output of the command: No space left on device; make room for it\n"
+    )
+
+
 def test_input_that_nobody_reads(start: Start) -> None:
     with open("/dev/zero") as zeros:
         process = start("true", stdin=zeros)

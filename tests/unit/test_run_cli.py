@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
+from agents import NativeAgent, build, running
 
 import kvmpy
-from kvmpy import cli
-from kvmpy.cli import run
+from kvmpy import cli, machine
+from kvmpy.cli import relay, run
 from kvmpy.core.errors import GuestLost
+from kvmpy.virtio import user_net
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -94,3 +98,55 @@ def test_errors_say_where_and_what_to_do() -> None:
     error = kvmpy.CommandError("exec", 2, "command x", "install it", status=127)
 
     assert (error.stage, error.errno, error.hint, error.status) == ("exec", 2, "install it", 127)
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeAgent]:
+    folder = tmp_path_factory.mktemp("agent")
+    with running(build(folder), folder) as agent:
+        yield agent
+
+
+@pytest.fixture
+def native(agent: NativeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sandboxes without a machine: the agent is a process of this one."""
+
+    class NativeSandbox(kvmpy.Sandbox):
+        def start(self) -> Self:
+            self._agent = agent
+            return self
+
+    monkeypatch.setattr(run, "Sandbox", NativeSandbox)
+    monkeypatch.setattr(relay, "starting", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "out", "err"),
+    [
+        (["--env", "A=1", "--workdir", "/usr", "sh", "-c", "pwd; echo $A >&2; exit 3"], 3, "/usr\n", "1\n"),
+        (
+            ["--timeout", "0.2", "sleep", "99"],
+            124,
+            "",
+            'kvmpy: "sleep" was killed after 0.2 s; give it more with --timeout\n',
+        ),
+        (["--workdir", "/none", "true"], 125, "", 'kvmpy: working directory "/none" in the guest:'),
+        (["no-such-command"], 127, "", "kvmpy: "),
+        (["/etc/passwd"], 126, "", 'kvmpy: cannot execute "/etc/passwd" in the guest:'),
+    ],
+)
+@pytest.mark.usefixtures("native")
+def test_command(capfd: pytest.CaptureFixture[str], words: list[str], status: int, out: str, err: str) -> None:
+    assert cli.main(["run", *words]) == status
+
+    seen = capfd.readouterr()
+    assert seen.out == out
+    assert seen.err.startswith(err)
+    assert seen.err.count("\n") == 1
+
+
+def test_init_knows_the_words_it_is_told() -> None:
+    text = (Path(__file__).parents[2] / "guests/init.c").read_text()
+
+    for word in (machine.AGENT, machine.ROOT, user_net.IP_WORD):
+        assert f'option("{word.partition("=")[0]}="' in text
