@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 /* The three shapes an ioctl has: no argument, a number, a structure. */
@@ -104,6 +105,14 @@ IOCTL(kvm_nmi, KVM_NMI)
 IOCTL(kvm_get_tsc_khz, KVM_GET_TSC_KHZ)
 IOCTL_NUMBER(kvm_set_tsc_khz, KVM_SET_TSC_KHZ)
 IOCTL(kvm_kvmclock_ctrl, KVM_KVMCLOCK_CTRL)
+
+/* Any system call: for those of the sandbox, which Python has no names for. */
+static long kvmpy_syscall(long number, unsigned long a, unsigned long b, unsigned long c, unsigned long d,
+                          unsigned long e)
+{
+    long result = syscall(number, a, b, c, d, e);
+    return result < 0 ? -errno : result;
+}
 
 /* A signal that does nothing but make KVM_RUN return EINTR: Python's own handlers would need the GIL to run. */
 static void kick_arrived(int signal_number)

@@ -6,11 +6,13 @@ Beside the ioctls:
 
     kvm_irq_line(fd, gsi, level)        KVM_IRQ_LINE without a structure to build
     kvmpy_prepare_kick(signal_number)   install a C handler that does nothing, so that the signal only ends KVM_RUN
+    kvmpy_syscall(number, a, b, c, d, e)  any system call, its result or -errno; for kvmpy.jail
     kvmpy_run(fd, cpu, answer)          KVM_RUN until an exit that no cell answers; kvm/fast.py says what it returns
     kvmpy_cell_add(cells, key, cell)    let `cell` (core/cell.py) answer accesses with this key; 0: no room
     kvmpy_stream_*                      the methods of core/outbox.py
 
-`lib.KVM_*` are the constants of <linux/kvm.h>. Every call drops the GIL. Only kvmpy.kvm imports this module.
+`lib.KVM_*` are the constants of <linux/kvm.h>. Every call drops the GIL. Only kvmpy.kvm and
+kvmpy.jail import this module.
 """
 
 from typing import Any
@@ -36,6 +38,7 @@ class _Lib:
     def kvm_run(self, fd: int) -> int: ...
     def kvm_irq_line(self, fd: int, gsi: int, level: int) -> int: ...
     def kvmpy_prepare_kick(self, signal_number: int) -> int: ...
+    def kvmpy_syscall(self, number: int, a: int, b: int, c: int, d: int, e: int) -> int: ...
     def kvmpy_run(self, fd: int, cpu: Any, answer: int) -> int: ...
     def __getattr__(self, name: str) -> Any: ...
 

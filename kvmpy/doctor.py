@@ -18,6 +18,7 @@ from .boot import initramfs, kernels
 from .core.errors import CannotRunKernels, KvmError, NotFoundError
 from .core.record import Record
 from .core.text import printable
+from .jail.lock import why_no_namespaces
 from .kvm.handle import DEVICE, REMEDIES, REQUIRED, Kvm
 from .kvm.probe import runs_ring0_natively
 
@@ -292,10 +293,7 @@ def besides(root: Path) -> Iterator[Check]:
     yield _tool("passt", "user-mode networking")
     if _exists(CHECKOUT_TOOL):
         yield _tool("qemu-system-x86_64", "scripts/linux-host")
-    landlock = _syscall(SYS_LANDLOCK_CREATE_RULESET, 0, 0, LANDLOCK_CREATE_RULESET_VERSION)
-    yield Check("landlock", Level.NOTE, f"ABI {landlock}" if landlock > 0 else f"{NO} ({os.strerror(-landlock)})")
-    actions = _read(root / "proc/sys/kernel/seccomp/actions_avail").strip()
-    yield Check("seccomp", Level.NOTE, "filters" if actions else NO)
+    yield from sandbox(root)
     ring = _syscall(SYS_IO_URING_SETUP, 0, 0)  # 0 entries: refused, by EPERM or ENOSYS where there is none to be had
     yield Check("io_uring", Level.NOTE, NO if ring in (-errno.ENOSYS, -errno.EPERM) else YES)
     fault = _syscall(SYS_USERFAULTFD, os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
@@ -306,6 +304,26 @@ def besides(root: Path) -> Iterator[Check]:
         yield Check("terminal", Level.OK, f"{printable(os.environ.get('TERM', 'of unknown type'))}: Ctrl-a h helps")
     else:
         yield Check("terminal", Level.NOTE, "input or output is none: the console passes bytes as they are")
+
+
+def sandbox(root: Path) -> Iterator[Check]:
+    """What `kvmpy boot --sandbox` can use here."""
+    landlock = _syscall(SYS_LANDLOCK_CREATE_RULESET, 0, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    yield Check("landlock", Level.NOTE, f"ABI {landlock}" if landlock > 0 else f"{NO} ({os.strerror(-landlock)})")
+    actions = _read(root / "proc/sys/kernel/seccomp/actions_avail").strip()
+    yield Check("seccomp", Level.NOTE, "filters" if actions else NO)
+    why = why_no_namespaces()
+    yield Check("namespaces", Level.NOTE, f"{NO} ({why})" if why else "of one's own, with an empty root")
+    missing = [
+        name for name, there in (("Landlock", landlock > 0), ("seccomp", actions), ("namespaces", not why)) if not there
+    ]
+    if not missing:
+        yield Check("sandbox", Level.OK, "all that --sandbox strict wants")
+    elif missing == ["namespaces"]:
+        yield Check("sandbox", Level.OK, "complete but for --sandbox strict, which wants namespaces")
+    else:
+        remedy = "use a kernel with these; boot it with lsm=landlock,... if it only lacks that"
+        yield Check("sandbox", Level.WARN, f"incomplete: no {', '.join(missing)}", remedy)
 
 
 def _tool(name: str, purpose: str) -> Check:

@@ -123,6 +123,7 @@ class Evidence(Record, frozen=True):
     protocol: str
     cmdline: str
     memory: int  # bytes of RAM
+    raised: str = ""  # the trace of what a device raised, where the exception itself is in another process
     native: bool | None = None  # whether this host runs ring 0 by hardware; None when that was of no interest
 
     @property
@@ -131,7 +132,7 @@ class Evidence(Record, frozen=True):
         return min(self.cpus, key=lambda cpu: (not cpu.fatal, cpu.activity is not Activity.RUNNING, cpu.index))
 
 
-def collect(machine: Machine, stop: Stop) -> Evidence:
+def collect(machine: Machine, stop: Stop, raised: str = "") -> Evidence:
     """The evidence of a machine whose `wait` has returned `stop`, or that is paused, and that is not closed yet."""
     ports, mmio = machine.board.ports, machine.board.memory_bus
     cpus = tuple(examine(thread, machine.memory, ports, mmio) for thread in machine.vcpus)
@@ -148,6 +149,7 @@ def collect(machine: Machine, stop: Stop) -> Evidence:
         protocol=machine.entry.protocol,
         cmdline=machine.cmdline,
         memory=machine.config.mem,
+        raised=raised,
         native=native,
     )
 

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -118,8 +119,12 @@ class Machine:
         else:
             self._added.append(device)
 
-    def start(self) -> None:
-        """Build the machine and let it run."""
+    def start(self, lock_down: Callable[[], Callable[[str], None]] | None = None) -> None:
+        """Build the machine and let it run.
+
+        `lock_down` is called when all is opened and no thread of the machine runs yet; what it returns is called on
+        each thread before it does anything, with its role: "loop" or "vcpu". See kvmpy.jail.
+        """
         try:
             image = loader.read_image(self.config.kernel or _find_kernel())
             linux = loader.plan(image, self.config.boot).protocol in LINUX_PROTOCOLS
@@ -129,12 +134,15 @@ class Machine:
             self._create_devices()
             self._create_vcpus()
             self._load(image, linux)
-            self.loop.start()
-            self._console_loop.start()
+            enter = None if lock_down is None else lock_down()
+            in_loop, in_vcpu = (None, None) if enter is None else (partial(enter, "loop"), partial(enter, "vcpu"))
+            self.loop.start(in_loop)
+            self._console_loop.start(in_loop)
+            self.board.start_loops(in_loop)
             self.started_at = time.monotonic()
             self.boot_timer.start = self.post_codes.start = time.monotonic_ns()
             for vcpu in self.vcpus:
-                vcpu.start()
+                vcpu.start(in_vcpu)
         except BaseException:
             self.close()
             raise

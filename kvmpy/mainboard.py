@@ -68,6 +68,7 @@ class MainBoard:
         self._msis = MsiRouter(vm)
         self._doorbells: list[tuple[EventDoorbell, EventLoop]] = []  # and what listens
         self._loops: list[EventLoop] = []  # of single devices
+        self._start_loop: Callable[[EventLoop], None] | None = None  # once the machine runs
 
     def pio(self, base: int, size: int, device: BusDevice) -> None:
         self.ports.add(base, size, device)
@@ -103,8 +104,15 @@ class MainBoard:
     def new_loop(self, name: str) -> EventLoop:
         loop = self.loop.sibling(f"{name}{len(self._loops)}")
         self._loops.append(loop)
-        loop.start()
+        if self._start_loop is not None:
+            self._start_loop(loop)
         return loop
+
+    def start_loops(self, prepare: Callable[[], None] | None = None) -> None:
+        """Let the loops of devices run, those of later devices too; each thread calls `prepare` first."""
+        self._start_loop = lambda loop: loop.start(prepare)
+        for loop in self._loops:
+            loop.start(prepare)
 
     def doorbell(
         self,
@@ -134,6 +142,11 @@ class MainBoard:
         gsi = self._edge_gsi()
         self.virtio_mmio.append((VirtioMmio(device, self, self.irq(gsi)), gsi))
         self.modules += [*VirtioMmio.modules, *device.modules]
+
+    def virtio_devices(self) -> list[VirtioDevice]:
+        """All of them, whatever their transport."""
+        transports: list[VirtioMmio | VirtioPci] = [*self.virtio_pci, *(transport for transport, _ in self.virtio_mmio)]
+        return [transport.core.device for transport in transports]
 
     def virtio_resources(self) -> list[tuple[int, int, int]]:
         """(base, bytes, gsi) of each virtio-mmio device, in the order in which they were attached."""

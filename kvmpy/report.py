@@ -52,8 +52,8 @@ def facts(evidence: Evidence) -> dict[str, Any]:
 def render(evidence: Evidence) -> str:
     """What crash_report returns, made from the evidence."""
     lines = [f"kvmpy: {printable(str(evidence.stop))}"]
-    if evidence.stop.cause is not None:
-        lines += ["", *_section("raised by", _trace(evidence.stop.cause))]
+    if evidence.raised or evidence.stop.cause is not None:
+        lines += ["", *_section("raised by", _trace(evidence))]
     lines += ["", *_cpu(evidence.culprit, evidence.stop), *_other_cpus(evidence)]
     if last := _last_lines(evidence):
         lines += ["", *_section("last output", [f"| {line}" for line in last])]
@@ -77,8 +77,8 @@ def _last_lines(evidence: Evidence) -> list[str]:
     return evidence.console.rstrip().split("\n")[-CONSOLE_LINES:] if evidence.console.strip() else []
 
 
-def _trace(cause: BaseException) -> list[str]:
-    text = "".join(traceback.format_exception(cause))
+def _trace(evidence: Evidence) -> list[str]:
+    text = evidence.raised or "".join(traceback.format_exception(evidence.stop.cause))
     return printable(text).rstrip().split("\n")[-TRACE_LINES:]
 
 

@@ -135,7 +135,7 @@ class StepLoop(EventLoop):
     def time(self) -> float:
         return self.now
 
-    def start(self) -> None:
+    def start(self, prepare: Callable[[], None] | None = None) -> None:
         pass
 
     def stop(self, timeout: float = 1.0) -> None:

@@ -48,10 +48,13 @@ class VcpuThread:
         self._pauses = 0  # how many callers want the vCPU to stand still
         self._ending = False
         self._ident = 0  # of the thread while it can be signalled
+        self._prepare: Callable[[], None] | None = None
         self._standing = True  # not in KVM_RUN, nor in a device on behalf of the guest
         self._thread = threading.Thread(target=self._main, name=f"kvmpy-vcpu{vcpu.index}", daemon=True)
 
-    def start(self) -> None:
+    def start(self, prepare: Callable[[], None] | None = None) -> None:
+        """Begin; the thread calls `prepare` before the guest runs."""
+        self._prepare = prepare
         prepare_kick(KICK)
         self._thread.start()
 
@@ -140,6 +143,8 @@ class VcpuThread:
         with self._change:
             self._ident = threading.get_ident()
         try:
+            if self._prepare is not None:
+                self._prepare()
             if self._attend():  # somebody may have wanted something before the start
                 self._loop() if self._fast is None else self._fast_loop(self._fast)
         except BaseException as error:  # a device's bug, be it SystemExit: the machine stops, loudly

@@ -149,7 +149,13 @@ def _has_room(fd: int) -> bool:
 
 def _abandon(fd: int) -> None:
     """What could not be written to `fd` must not be tried again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+    os.dup2(null(), fd)
+
+
+@cache
+def null() -> int:
+    """A descriptor of /dev/null; for a process that locks itself in, to be had before."""
+    return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def _open_missing_standard_streams() -> None:

@@ -15,8 +15,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..config import MachineConfig
 from ..console import Console, Endpoint
 from ..core.board import Reason, Stop
 from ..core.errors import ConfigError
@@ -27,6 +28,10 @@ from ..host.tty import Key
 from ..machine import Machine
 from . import settings, tell
 
+if TYPE_CHECKING:
+    from .locked import Lock
+
+OFF = "off"  # of --sandbox
 STATUS = {
     Reason.POWEROFF: 0,
     Reason.RESET: 0,
@@ -49,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--json", action="store_true", help="print the outcome, console text included, as JSON")
     add("-v", "--verbose", action="count", default=0, help="tell what is done and why; twice: every unmapped access")
+    add("--sandbox", metavar="LEVEL", default="default", help="how kvmpy locks itself in: strict, default or off")
     add("-q", "--quiet", action="store_true", help="no crash report")
 
 
@@ -62,21 +68,34 @@ def run(args: argparse.Namespace) -> int:
     timeout = parse_seconds(told.get("timeout"))
     config = settings.machine_config(told, terminal_words())
     kind, path = endpoint.parse(serial)
+    lock = make_lock(args.sandbox, json=args.json)
+    try:
+        status = boot(args, config, kind, path, timeout, lock)
+    finally:
+        if lock is not None:
+            lock.close()
+    return status if lock is None else lock.leave(status)
+
+
+def boot(
+    args: argparse.Namespace,
+    config: MachineConfig,
+    kind: str,
+    path: Path | None,
+    timeout: float | None,
+    lock: Lock | None,
+) -> int:
+    """Run the machine and tell how it ended; returns the exit status."""
     machine = Machine(config, endpoint=lambda loop, console: open_endpoint(kind, path, loop, console, machine))
     previous = {number: signal.signal(number, _stopper(machine)) for number in SIGNALS}
     if kind == "stdio":
         previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: tell_size(machine))
     try:
-        machine.start()
+        machine.start(None if lock is None else lambda: lock.lock_down(machine))
         if kind == "stdio":
             tell_size(machine)
         stop = machine.wait(timeout)
-        report, facts = "", None
-        if stop.reason in REPORTED:
-            from ..report import crash_facts, crash_report
-
-            report = "" if args.quiet else crash_report(machine, stop)
-            facts = crash_facts(machine, stop) if args.json else None
+        report, facts = reports(args, machine, stop, lock) if stop.reason in REPORTED else ("", None)
     finally:
         machine.close()
         for number, handler in previous.items():
@@ -95,6 +114,35 @@ def run(args: argparse.Namespace) -> int:
         fresh_line = "\n" if on_one_terminal and not machine.console.text.endswith(("\n", "\r")) else ""
         tell(fresh_line + report, hurry=stop.reason is Reason.SIGNAL)
     return status
+
+
+def make_lock(level: str, *, json: bool) -> Lock | None:
+    """What locks the process in, as --sandbox has it; None: nothing."""
+    if level == OFF:
+        return None
+    from .locked import Lock, check_level
+
+    return Lock(check_level(level), with_json=json)
+
+
+def reports(
+    args: argparse.Namespace, machine: Machine, stop: Stop, lock: Lock | None
+) -> tuple[str, dict[str, Any] | None]:
+    """The crash report for people, and for --json, as far as they are wanted."""
+    if lock is None:
+        from ..report import crash_facts, crash_report
+
+        report = "" if args.quiet else crash_report(machine, stop)
+        return report, crash_facts(machine, stop) if args.json else None
+    if args.quiet and not args.json:
+        return "", None
+    report, told = lock.report(machine, stop)
+    facts = None
+    if args.json:
+        import json
+
+        facts = json.loads(told or "null")
+    return "" if args.quiet else report or f"kvmpy: {stop}", facts
 
 
 def exit_status(stop: Stop, *, asked_for_status: bool) -> int:

@@ -77,8 +77,9 @@ class EventLoop:
         """A loop with a thread of its own, not started yet, whose failures are told to the same."""
         return EventLoop(name, self._failed)
 
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=f"kvmpy-{self.name}", daemon=True)
+    def start(self, prepare: Callback | None = None) -> None:
+        """Begin; the thread calls `prepare` first."""
+        self._thread = threading.Thread(target=self._run, args=(prepare,), name=f"kvmpy-{self.name}", daemon=True)
         self._thread.start()
 
     def stop(self, timeout: float = 1.0) -> None:
@@ -98,8 +99,10 @@ class EventLoop:
         if self._wake >= 0:
             os.eventfd_write(self._wake, 1)
 
-    def _run(self) -> None:
+    def _run(self, prepare: Callback | None) -> None:
         try:
+            if prepare is not None:
+                prepare()
             while not self._stopping:
                 self._turn()
         except BaseException as error:  # the thread's last guard: handed on, never dropped

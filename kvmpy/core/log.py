@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -23,6 +23,10 @@ class Log:
         self.threshold = LEVELS[threshold]
         self._logger: Any = None
         self._windows: dict[str, tuple[float, int]] = {}  # event: start of its period, lines asked for since
+
+    def need_no_imports(self) -> None:
+        """Write the same lines without structlog from now on: nothing can be loaded any more."""
+        self._logger = _Plain()
 
     def debug(self, event: str, **fields: object) -> None:
         self._emit("debug", event, fields)
@@ -51,6 +55,16 @@ class Log:
             if self._logger is None:
                 self._logger = _make_logger()
             getattr(self._logger, level)(event, **fields)
+
+
+class _Plain:
+    """What structlog makes of them, for processes that are locked in."""
+
+    def __getattr__(self, level: str) -> Callable[..., None]:
+        def write(event: str, **fields: object) -> None:
+            print(_line(None, level, {"level": level, "event": event} | fields), file=sys.stderr, flush=True)
+
+        return write
 
 
 def _make_logger() -> Any:

@@ -189,8 +189,6 @@ class Cmos(RegisterDevice, span=2):
 
     def _read_time(self) -> int:
         """Seconds since 1970 of the time in the memory; raises ValueError when there is no such time."""
-        from datetime import UTC, datetime  # not needed before a guest sets the clock
-
         hours = self.memory[At.HOURS]
         if not self.REG_B & REG_B.HOURS_24:
             on_dial = self._decode(hours & ~PM)
@@ -199,16 +197,12 @@ class Cmos(RegisterDevice, span=2):
             hour = on_dial % 12 + (12 if hours & PM else 0)
         else:
             hour = self._decode(hours)
-        when = datetime(
-            self._decode(self.memory[At.CENTURY]) * 100 + self._decode(self.memory[At.YEAR]),
-            self._decode(self.memory[At.MONTH]),
-            self._decode(self.memory[At.DAY]),
-            hour,
-            self._decode(self.memory[At.MINUTES]),
-            self._decode(self.memory[At.SECONDS]),
-            tzinfo=UTC,
-        )
-        return int(when.timestamp())
+        year = self._decode(self.memory[At.CENTURY]) * 100 + self._decode(self.memory[At.YEAR])
+        month, day = self._decode(self.memory[At.MONTH]), self._decode(self.memory[At.DAY])
+        minutes, seconds = self._decode(self.memory[At.MINUTES]), self._decode(self.memory[At.SECONDS])
+        if hour > 23 or minutes > 59 or seconds > 59:
+            raise ValueError(f"no such time: {hour}:{minutes}:{seconds}")
+        return ((_days(year, month, day) * 24 + hour) * 60 + minutes) * 60 + seconds
 
     def _encode(self, number: int) -> int:
         return number if self.REG_B & REG_B.BINARY else number // 10 << 4 | number % 10
@@ -224,3 +218,16 @@ class Cmos(RegisterDevice, span=2):
         """Store a little-endian number, or the nearest one that fits."""
         number = min(max(number, 0), (1 << 8 * size) - 1)
         self.memory[address : address + size] = number.to_bytes(size, "little")
+
+
+def _days(year: int, month: int, day: int) -> int:
+    """Days from 1970-01-01 to a date of the Gregorian calendar; raises ValueError when there is no such date.
+
+    Not with `datetime`, which takes long to load and cannot be loaded by a process that is locked in.
+    """
+    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+    lengths = (31, 29 if leap else 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+    if not (1 <= year <= 9999 and 1 <= month <= 12 and 1 <= day <= lengths[month - 1]):
+        raise ValueError(f"no such date: {year}-{month}-{day}")
+    before = year - 1
+    return before * 365 + before // 4 - before // 100 + before // 400 + sum(lengths[: month - 1]) + day - 1 - 719162

@@ -237,6 +237,11 @@ class Raw:
         return True
 
 
+def prepare_allocation() -> None:
+    """Load what `discard` and `write_zeroes` load when they are first called."""
+    _fallocate()
+
+
 @functools.cache
 def _fallocate() -> Callable[[int, int, int, int], int]:
     """fallocate(2) with its errno as result, 0 if it worked: os has only posix_fallocate, which makes no holes."""

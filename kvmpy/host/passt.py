@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..core.errors import ConfigError, HostError
@@ -155,8 +156,9 @@ class Passt(FrameStream):
             try:
                 self.process.wait(END_SECONDS)
             except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+                with suppress(PermissionError):  # locked in; then it stays until init has it
+                    self.process.kill()
+                    self.process.wait()
             self.process = None
         if self._words >= 0:
             os.close(self._words)

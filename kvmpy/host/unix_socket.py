@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from ..core.errors import HostError
 from ..core.events import EventLoop
 from .endpoint import Received, Sent
 from .stream import Reader, Writer
+
+NAMES: set[Path] = set()  # of all sockets that listen
 
 
 class UnixSocket:
@@ -45,7 +48,7 @@ class UnixSocket:
         self._hang_up()
         self._loop.remove(self._socket.fileno())
         self._socket.close()
-        self._path.unlink(missing_ok=True)
+        remove(self._path)
 
     def _accept(self) -> None:
         try:
@@ -83,10 +86,18 @@ def listen_at(path: Path, backlog: int = 1) -> socket.socket:
         listener.bind(str(path))
         path.chmod(0o600)
         listener.listen(backlog)
+        NAMES.add(path.absolute())
     except OSError as error:
         listener.close()
         raise HostError(f'cannot listen on "{path}": {error.strerror or error}', "name another path") from None
     return listener
+
+
+def remove(path: Path) -> None:
+    """Take away the name of a socket of `listen_at`; a process that is locked in leaves that to another one."""
+    with suppress(PermissionError, FileNotFoundError):
+        path.unlink()
+        NAMES.discard(path.absolute())
 
 
 def _nobody_listens(path: Path) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.events import EventLoop
-from .unix_socket import listen_at
+from .unix_socket import listen_at, remove
 
 BACKLOG = 128  # clients that have connected and wait for their turn
 LINE_LIMIT = 32  # bytes of a client's first line
@@ -51,7 +51,7 @@ class VsockListener:
             self._closed = True
             self._loop.remove(self._socket.fileno())
             self._socket.close()
-            self._path.unlink(missing_ok=True)
+            remove(self._path)
 
     def dial(self, port: int) -> socket.socket | None:
         """A connection to whoever listens for port `port` of the host; None: nobody, or nobody who has room."""

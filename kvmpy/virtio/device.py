@@ -32,6 +32,7 @@ class VirtioDevice(Device):
     needs: ClassVar[Mapping[int, int]] = {}  # features that are taken only with one of those others (2.2.1)
     config: bytes | bytearray = b""  # the configuration space, as it reads
     modules: ClassVar[Sequence[str]] = ()  # the driver in the guest, where it is no part of the kernel
+    reaches: bool = False  # opens files or sockets while the guest runs, which a locked-in process cannot otherwise
     own_thread: ClassVar[bool] = False  # for devices that wait for the host for long, and would hold up others
 
     board: Board

@@ -43,6 +43,7 @@ class Fs(VirtioDevice):
     queue_sizes = (HIPRIO_SIZE, REQUEST_SIZE)
     modules = ("virtiofs",)
     own_thread = True
+    reaches = True
 
     def __init__(self, *, path: Path, tag: str, ro: bool = False, cache: str = "auto") -> None:
         name = tag.encode(errors="surrogateescape")

@@ -82,6 +82,7 @@ class Vsock(VirtioDevice):
             raise ConfigError(f"a guest cannot have cid={cid}", f"use {CIDS.start} to {CIDS.stop - 1}")
         self.cid = cid
         self.path = path
+        self.reaches = path is not None  # beside it are the sockets that the guest can dial
         self.config = struct.pack("<Q", cid)
         self.limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # each takes two
         self.speakers: dict[Stream, None] = {}  # who may have something to say to the guest, in the order of turns

@@ -51,6 +51,7 @@ def make_board(vm: Rig) -> Iterator[Callable[..., MainBoard]]:
             stack.callback(vm.finish)
             vm.mmio = board.memory_bus
             loop.start()
+            board.start_loops()
             return board
 
         yield make

@@ -17,9 +17,9 @@ import json, sys
 bare = set(sys.modules)
 import kvmpy.vcpu
 start = kvmpy.vcpu.VcpuThread.start
-def report(thread):
+def report(thread, prepare=None):
     print(json.dumps(sorted(set(sys.modules) - bare)), file=sys.stderr)
-    start(thread)
+    start(thread, prepare)
 kvmpy.vcpu.VcpuThread.start = report
 from kvmpy.cli import main as run
 sys.exit(run(["boot", "--mem", "1M", "--timeout", "30", sys.argv[1]]))

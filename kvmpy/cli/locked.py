@@ -1,0 +1,80 @@
+"""The way `kvmpy boot` locks its process in: what must be loaded before, and the helper that stays outside."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+from ..core.board import Stop
+from ..core.errors import ConfigError
+from ..core.log import log
+from ..core.pure import PURE
+from ..jail.lock import LEVELS, Jail
+from ..machine import Machine
+from ..steward import Steward
+from . import null
+
+
+def check_level(text: str) -> str:
+    """A level of --sandbox; raises ConfigError."""
+    if text not in LEVELS:
+        raise ConfigError(f'invalid sandbox "{text}"', f"use {', '.join(LEVELS[:-1])} or {LEVELS[-1]}")
+    return text
+
+
+class Lock:
+    """Make it before the machine, while the process has one thread; `close` it when the machine is closed."""
+
+    def __init__(self, level: str, *, with_json: bool) -> None:
+        self._level = level
+        self._with_json = with_json
+        self._steward = Steward()
+
+    def lock_down(self, machine: Machine) -> Callable[[str], None]:
+        """For Machine.start. Raises HostError or ConfigError where --sandbox strict cannot be had."""
+        reaching = [device for device in machine.board.virtio_devices() if device.reaches]
+        if reaching and self._level == "strict":
+            raise ConfigError(
+                f"a {type(reaching[0]).__name__} opens files or sockets while the guest runs", "use --sandbox default"
+            )
+        _preload(with_json=self._with_json)
+        sockets = sys.modules.get("kvmpy.host.unix_socket")
+        self._steward.seal(sockets.NAMES if sockets else ())
+        log.need_no_imports()
+        jail = Jail(self._level, reaching=bool(reaching))
+        jail.lock()
+        if jail.missing:
+            log.warning(f"the sandbox is incomplete: {'; '.join(jail.missing)}")
+        log.info("locked in", sandbox=self._level, in_force=", ".join(jail.in_force))
+        return jail.enter
+
+    def report(self, machine: Machine, stop: Stop) -> tuple[str, str]:
+        """The crash report, and its facts as JSON; empty when they cannot be had."""
+        return self._steward.report(machine, stop)
+
+    def close(self) -> None:
+        self._steward.close()
+
+    def leave(self, status: int) -> int:
+        """The last thing to do: `status`, unless a thread hangs in a device. Python would end that one with a library
+        which it loads only then."""
+        if threading.active_count() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+
+
+def _preload(*, with_json: bool) -> None:
+    """Load what is loaded when it is needed: nothing can be, soon."""
+    null()
+    if with_json:
+        import json  # noqa: F401
+    if "kvmpy.virtio.blk" in sys.modules:
+        from ..host.disk import prepare_allocation
+
+        prepare_allocation()
+    if not PURE and ("kvmpy.virtio.blk" in sys.modules or "kvmpy.virtio.net" in sys.modules):
+        from ..virtio import twin  # noqa: F401

@@ -1,0 +1,1 @@
+"""The process locked in: what kvmpy gives up before its guest runs."""
