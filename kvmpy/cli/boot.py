@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--json", action="store_true", help="print the outcome, console text included, as JSON")
     add("-v", "--verbose", action="count", default=0, help="tell what is done and why; twice: every unmapped access")
-    add("--sandbox", metavar="LEVEL", default="default", help="how kvmpy locks itself in: strict, default or off")
+    add("--sandbox", metavar="LEVEL", default=OFF, help="how kvmpy locks itself in: strict, default or off (default)")
     add("-q", "--quiet", action="store_true", help="no crash report")
 
 
