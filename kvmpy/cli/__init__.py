@@ -113,12 +113,15 @@ def _load(verb: str) -> ModuleType:
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
     """argparse makes one for each option, and would ask each time how wide the terminal is."""
-    width = int(os.environ.get("COLUMNS", 0) or _columns()) - 2
-    return argparse.RawDescriptionHelpFormatter(prog, width=width)
+    return argparse.RawDescriptionHelpFormatter(prog, width=_columns() - 2)
 
 
 @cache
 def _columns() -> int:
+    """As shutil.get_terminal_size, which takes milliseconds to load."""
+    said = os.environ.get("COLUMNS", "")
+    if said.isdecimal() and int(said):
+        return int(said)
     try:
         return os.get_terminal_size(1).columns or 80
     except OSError:

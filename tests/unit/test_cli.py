@@ -285,6 +285,18 @@ def test_closed_standard_streams(tmp_path: Path) -> None:
 # Help.
 
 
+@pytest.mark.parametrize("columns", ["wide", "", "0", "-5", "60"])
+def test_help_whatever_the_width_is_said_to_be(columns: str) -> None:
+    command = [sys.executable, "-m", "kvmpy", "boot", "--help"]
+
+    done = subprocess.run(
+        command, env={**os.environ, "COLUMNS": columns}, capture_output=True, text=True, timeout=SECONDS
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "kernel image, as with --kernel" in done.stdout
+
+
 def test_help_names_every_command() -> None:
     done = kvmpy("--help")
 
