@@ -73,8 +73,8 @@ def _preload(*, with_json: bool) -> None:
     if with_json:
         import json  # noqa: F401
     if "kvmpy.virtio.blk" in sys.modules:
-        from ..host.disk import prepare_allocation
+        from ..host import syscalls
 
-        prepare_allocation()
+        syscalls.load()  # for disks that discard
     if not PURE and ("kvmpy.virtio.blk" in sys.modules or "kvmpy.virtio.net" in sys.modules):
         from ..virtio import twin  # noqa: F401

@@ -6,7 +6,6 @@ The format of an image is what the user says it is, never what its content looks
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 from ..core.buffers import ZEROES, behind
 from ..core.errors import ConfigError, HostError, ImageError, NotFoundError
 from ..core.log import log
+from . import syscalls
 from .filelock import lock
 
 SECTOR = 512
@@ -229,34 +229,13 @@ class Raw:
 
     def _allocate(self, mode: int, offset: int, length: int) -> bool:
         """fallocate(), False where it is not supported."""
-        result = _fallocate()(self._fd, mode | KEEP_SIZE, offset, length)
-        if result in UNSUPPORTED:
-            return False
-        if result:
-            raise OSError(result, os.strerror(result))
+        try:
+            syscalls.fallocate(self._fd, mode | KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                return False
+            raise
         return True
-
-
-def prepare_allocation() -> None:
-    """Load what `discard` and `write_zeroes` load when they are first called."""
-    _fallocate()
-
-
-@functools.cache
-def _fallocate() -> Callable[[int, int, int, int], int]:
-    """fallocate(2) with its errno as result, 0 if it worked: os has only posix_fallocate, which makes no holes."""
-    import ctypes  # slow to import, and needed only by guests that discard
-
-    call = ctypes.CDLL(None, use_errno=True).fallocate64
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-
-    def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
-        while call(fd, mode, offset, length):
-            if ctypes.get_errno() != errno.EINTR:
-                return ctypes.get_errno()
-        return 0
-
-    return fallocate
 
 
 def _open(path: Path, name: str, flags: int) -> int:

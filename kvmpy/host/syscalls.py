@@ -47,6 +47,7 @@ def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) ->
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """os has only posix_fallocate, which makes no holes."""
     _call("fallocate64", fd, mode, offset, length)
 
 

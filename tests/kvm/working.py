@@ -18,7 +18,8 @@ from typing import Any
 
 import kvmpy
 from kvmpy.core.board import Board, Reason, Stop
-from kvmpy.host.disk import SECTOR, prepare_allocation
+from kvmpy.host import syscalls
+from kvmpy.host.disk import SECTOR
 from kvmpy.jail.lock import Jail
 from kvmpy.remains import gather
 from kvmpy.virtio import twin  # noqa: F401
@@ -106,7 +107,7 @@ def lock_down() -> Callable[[str], None]:
     vcpu.set_sregs(sregs)
     regs.rip = regs.rsp = layout.BOOT_SECTOR
     vcpu.set_regs(regs)
-    prepare_allocation()
+    syscalls.load()
     jail = Jail(LEVEL)
     if LEVEL == "off":
         return lambda role: None

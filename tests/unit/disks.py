@@ -73,6 +73,15 @@ class Disk:
 Connect = Callable[..., Disk]
 
 
+def failing(number: int) -> Callable[..., None]:
+    """A system call that fails with errno `number`."""
+
+    def call(*arguments: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A raw image with CONTENT."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import failing
 
 from kvmpy.core.errors import ConfigError, HostError, ImageError, NotFoundError
 from kvmpy.core.log import log
@@ -298,7 +299,7 @@ def test_write_zeroes(image: disk.Raw, path: Path, content: bytes, unmap: bool) 
 
 
 def test_allocation_that_fails(image: disk.Raw, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "_fallocate", lambda: lambda *arguments: errno.ENOSPC)
+    monkeypatch.setattr("kvmpy.host.syscalls.fallocate", failing(errno.ENOSPC))
 
     with pytest.raises(OSError, match="No space left"):
         image.write_zeroes(0, 4096, unmap=False)

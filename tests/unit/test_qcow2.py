@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from disks import failing
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -503,7 +504,7 @@ def test_what_a_snapshot_needs_stays_in_the_file(tmp_path: Path, opened: Callabl
 def test_a_file_system_that_makes_no_holes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[..., Qcow2]
 ) -> None:
-    monkeypatch.setattr("kvmpy.host.disk._fallocate", lambda: lambda *arguments: errno.EIO)
+    monkeypatch.setattr("kvmpy.host.syscalls.fallocate", failing(errno.EIO))
     disk = opened(path := create(tmp_path / "a.qcow2"))
     write(disk, 0, b"x" * SIZE)
     disk.flush()

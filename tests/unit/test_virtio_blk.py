@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import CONTENT, FEATURES, READ_ONLY, SECTORS, SIZE, Connect, Disk
+from disks import CONTENT, FEATURES, READ_ONLY, SECTORS, SIZE, Connect, Disk, failing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -145,7 +145,7 @@ def test_write_zeroes(disk: Disk, path: Path, flags: int) -> None:
 
 
 def test_write_zeroes_where_the_file_system_cannot(disk: Disk, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmpy.host.disk._fallocate", lambda: lambda *arguments: errno.EOPNOTSUPP)
+    monkeypatch.setattr("kvmpy.host.syscalls.fallocate", failing(errno.EOPNOTSUPP))
 
     assert disk.segments(T.WRITE_ZEROES, (3, 200, 0)) == S.OK
     assert disk.segments(T.DISCARD, (0, 1, 0)) == S.OK
