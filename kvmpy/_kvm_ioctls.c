@@ -254,10 +254,9 @@ static size_t kvmpy_stream_under_way(struct kvmpy_stream *stream)
  * has the meaning of `kinds`); a cell that is not sure has kind 0, and the device is asked. */
 enum {
     READ_VALUE = 1,
-    WRITE_IGNORED = 2,
-    WRITE_SEEN = 4,
-    WRITE_STREAM = 8,
-    WRITE_CLEARS = 16,
+    WRITE_SEEN = 2,
+    WRITE_STREAM = 4,
+    WRITE_CLEARS = 8,
     CELLS = 256 /* a power of two */
 };
 
@@ -323,8 +322,6 @@ struct kvmpy_vcpu {
 static int cell_takes(struct kvmpy_cell *cell, const uint8_t *data, unsigned size, unsigned count)
 {
     uint32_t kinds = __atomic_load_n(&cell->kinds, __ATOMIC_ACQUIRE);
-    if (kinds & WRITE_IGNORED)
-        return 1;
     if (kinds & WRITE_CLEARS && size == 4 && count == 1 && cell->target) {
         uint32_t bits;
         memcpy(&bits, data, sizeof bits);
