@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 (LOW, LOW_SIZE), (HIGH, HIGH_SIZE) = RANGES
 LOW_END, HIGH_END = LOW + LOW_SIZE, HIGH + HIGH_SIZE
 DEVICES = (0xD000_0000, 0xE000_0000, 0xFEC0_0000, 0xFEE0_0000)  # what answers there is no RAM
+EDGES = (0, HIGH - 1, *(end + n for end in (LOW_END, HIGH_END) for n in (-1, 0, 1)), *(1 << n for n in (32, 52, 63)))
+EDGES += ((1 << 64) - 1, (1 << 64) - 16, *DEVICES)
 ADDRESS, LENGTH, FLAGS, FOLLOWING = range(4)  # fields of a descriptor
 
 
@@ -24,26 +26,7 @@ def spoil(make: Generator, queue: int, segments: list[Segment], odd: dict[str, A
 
 def bad_address(make: Generator) -> int:
     pick = make.random
-    return pick.choice(
-        [
-            0,
-            LOW_END - 1,
-            LOW_END,
-            LOW_END + 1,
-            HIGH - 1,
-            HIGH_END - 1,
-            HIGH_END,
-            HIGH_END + 1,
-            1 << 32,
-            1 << 52,
-            1 << 63,
-            (1 << 64) - 1,
-            (1 << 64) - 16,
-            (1 << 64) - pick.randrange(1, 8192),
-            pick.choice(DEVICES),
-            make.word(),
-        ]
-    )
+    return pick.choice((*EDGES, (1 << 64) - pick.randrange(1, 8192), make.word()))
 
 
 def bad_length(make: Generator) -> int:

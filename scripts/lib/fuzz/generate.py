@@ -115,24 +115,14 @@ class Generator:
         return start
 
     def word(self, bits: int = 64) -> int:
-        """A number of so many bits: small, or at an edge."""
+        """A number of so many bits: small, at an edge, or any."""
         pick = self.random
         top = 1 << bits
-        return (
-            pick.choice(
-                [
-                    0,
-                    1,
-                    pick.randrange(16),
-                    pick.randrange(1 << 16) % top,
-                    top - 1,
-                    top - pick.randrange(1, 4096),
-                    top >> 1,
-                    pick.randrange(top),
-                ]
-            )
-            % top
+        small, edges = (
+            (0, 1, pick.randrange(16), pick.randrange(1 << 16)),
+            (top - 1, top - pick.randrange(1, 4096), top >> 1),
         )
+        return pick.choice((*small, *edges, pick.randrange(top))) % top
 
     def _split(self, parts: Sequence[bytes]) -> list[tuple[int, str]]:
         """(bytes, content) of the readable segments."""

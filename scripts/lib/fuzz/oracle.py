@@ -80,12 +80,12 @@ def rings(queues: Sequence[Any]) -> list[Ring]:
     return [Ring(q.size, q.desc, q.avail, q.used, q.ready, q.indirect, q.positions[0], q.positions[1]) for q in queues]
 
 
-def walk(image: Image, ring: Ring, head: int) -> tuple[list[Span], list[Span], list[Span]] | None:
-    """Readable and writable spans of a chain, and its indirect table; None when it breaks a rule."""
+def walk(image: Image, ring: Ring, head: int, tables: list[Span]) -> tuple[list[Span], list[Span]] | None:
+    """Readable and writable spans of a chain; None when it breaks a rule. Appends its indirect table to `tables`."""
     readable: list[Span] = []
     writable: list[Span] = []
-    tables: list[Span] = []
     table, size, at = ring.desc, ring.size, head
+    nested = False
     while at < size:
         entry = image.read(table + 16 * at, 16)
         if entry is None:
@@ -93,10 +93,11 @@ def walk(image: Image, ring: Ring, head: int) -> tuple[list[Span], list[Span], l
         address, length, flags, following = DESC.unpack(entry)
         if flags & INDIRECT:
             table, size, at = address, length // 16, 0
-            bad = length % 16 or not 0 < size <= ring.size or flags & NEXT
-            if bad or tables or not ring.indirect or image.read(address, length) is None:
-                return None
             tables.append((address, length))
+            bad = length % 16 or not 0 < size <= ring.size or flags & NEXT or nested
+            nested = True
+            if bad or not ring.indirect or image.read(address, length) is None:
+                return None
             continue
         if image.read(address, length) is None or (writable and not flags & WRITE):
             return None
@@ -104,7 +105,7 @@ def walk(image: Image, ring: Ring, head: int) -> tuple[list[Span], list[Span], l
         if len(readable) + len(writable) > ring.size:
             return None
         if not flags & NEXT:
-            return readable, writable, tables
+            return readable, writable
         at = following
     return None
 
@@ -116,6 +117,8 @@ class Oracle:
         self._mem, self._core, self._model = mem, core, model
         self.loose = False  # other CPUs were at work: nothing that was read before can be relied upon
         self.served = 0  # chains that came back
+        self._wrong: list[Violation] = []  # of this step, if its chains did not overwrite each other
+        self._suspect: list[Span] = []  # tables of chains that cannot be followed
         self.stale = False  # the guest has written since
         self.tangled = 0  # steps in which the driver had itself to blame, and no more could be said
         self.image = Image(())
@@ -145,7 +148,7 @@ class Oracle:
             return
         allowed: list[Span] = []
         done: list[Done] = []
-        self._wrong: list[Violation] = []
+        self._wrong, self._suspect = [], []
         for index, (was, now) in enumerate(zip(old, self.rings, strict=True)):
             allowed += self._ring(index, was, now, before, done)
         self.served += len(done)
@@ -184,13 +187,15 @@ class Oracle:
             given, written = USED.unpack(self.image.read(slot, 8) or bytes(8))
             if heads is not None:
                 head = given if given in heads else head
-            chain = walk(before, was, head)
+            tables: list[Span] = []
+            chain = walk(before, was, head, tables)
             if chain is None:
+                self._suspect += tables
                 self._wrong.append(
                     Violation("bad-chain", f"queue {index}: head {head} is no chain, and was given back")
                 )
                 break
-            one = Done(index, head, *chain, written)
+            one = Done(index, head, *chain, tables, written)
             done.append(one)
             if given != head:
                 self._wrong.append(Violation("head", f"queue {index}: {given} was given back, {head} was next"))
@@ -205,8 +210,11 @@ class Oracle:
     def _is_tangled(self, done: list[Done], more: list[Span]) -> bool:
         """Whether a buffer that was written lies over what the device had yet to read."""
         written = [span for one in done for span in one.writable]
-        read = [span for one in done for span in (*one.readable, *one.tables)]
-        return overlap(written + more, self._controls() + read) or overlaps_itself(written)
+        read = [span for one in done for span in one.readable]
+        tables = [span for one in done for span in one.tables] + self._suspect
+        if overlap(written + more, self._controls() + read + tables) or overlaps_itself(written):
+            return True
+        return overlap(read + tables, [ring.control[2] for ring in self.rings if ring.ready or ring.desc])
 
     def _compare(self, before: Image, allowed: list[Span]) -> None:
         for (gpa, size), was, now in zip(RANGES, before.parts, self.image.parts, strict=True):

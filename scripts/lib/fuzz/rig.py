@@ -44,7 +44,6 @@ class Rig:
     def __init__(self, kind: Any, transport: str, engine: str, ram: Ram, folder: Path) -> None:
         self.engine = engine
         self._pure = blk.PURE, net.PURE
-        blk.PURE = net.PURE = engine == "python"
         self.board = FakeBoard(1, transport)
         self.mem = self.board.mem = ram.fresh()
         self.kind = kind
@@ -59,7 +58,6 @@ class Rig:
         self.driver: RingDriver | None = None
         self.flows: list[Flow] = []
         self.chains = 0  # made available so far
-        self.trace: list[Any] = []
         self._restart: tuple[int, list[int], list[Op]] = (0, [], [])
         self._late = 0  # chains since the device wanted a reset
         self._beginning = False
@@ -85,6 +83,7 @@ class Rig:
     def perform(self, op: Op) -> None:
         """One of them; raises Violation."""
         name, *arguments = op
+        self._choose()
         lines = len(self.board.logs)
         getattr(self, f"op_{name}")(*arguments)
         news = self.board.logs[lines:]
@@ -95,11 +94,11 @@ class Rig:
         if self.board.stops:
             raise Violation("stop", f"the machine stops: {self.board.stops}")
 
-    def observe(self) -> None:
-        """Append to `trace` all that guest, host and people can see now."""
+    @property
+    def view(self) -> tuple[Any, ...]:
+        """All that guest, host and people can see now: RAM, status, log lines, what is on the host's side."""
         self.oracle.begin()
-        logs = [str(line) for line in self.board.logs]
-        self.trace.append((self.oracle.image, self.core.status, logs, self.kind.observe()))
+        return self.oracle.image, self.core.status, self.board.logs, self.kind.observe()
 
     def op_start(self, features: int, sizes: list[int], first: list[Op]) -> None:
         """A driver begins anew: reset, features, queues of these sizes, DRIVER_OK, and what it does first."""
@@ -232,6 +231,7 @@ class Rig:
 
     def recover(self) -> None:
         """After a reset a normal request works."""
+        self._choose()
         self.mem.race(0, [])
         self._flip = None
         self.op_start(self.kind.FEATURES, list(self.kind.SIZES), [])
@@ -256,6 +256,10 @@ class Rig:
         return self.driver.data(index, head)[: used[0][1]]
 
     # Inside.
+
+    def _choose(self) -> None:
+        """Devices look which engine they have when their driver is up."""
+        blk.PURE = net.PURE = self.engine == "python"
 
     def _status(self, value: int) -> None:
         assert self.driver is not None

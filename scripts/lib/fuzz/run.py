@@ -22,9 +22,10 @@ from .ram import Ram
 from .rig import Rig
 
 SECONDS = 20  # for a case, which takes milliseconds
-GROWTH = 96 << 20  # bytes of RSS that a process may gain after its first cases
+GROWTH = 64 << 20  # bytes of RSS that a process may gain after its first cases
 SAMPLE = 200  # cases after which these are looked at
 WARM = 50
+VIEW = ("RAM", "status", "log", "host")
 
 
 class Case(NamedTuple):
@@ -61,7 +62,7 @@ class Bench:
 
     def __init__(self, home: Path | None = None) -> None:
         self.folder = scratch(home)
-        self._ram = Ram()
+        self._rams = [Ram(), Ram()]
         self._number = 0
         self._least = 0
 
@@ -69,52 +70,51 @@ class Bench:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, case: Case, engine: str) -> Outcome:
-        """`engine`: "python", "c", or "both", which are compared then."""
-        twin = KINDS[case.device].TWIN
-        engines = [engine] if engine != "both" else ["python", "c"] if twin else ["python"]
-        traces = []
-        outcome = Outcome("", "", 0)
-        for one in engines:
-            outcome, trace = self._one(case, one, watch=len(engines) > 1)
-            if outcome.kind:
-                return outcome._replace(what=f"{one}: {outcome.what}")
-            traces.append(trace)
-        if len(traces) > 1 and not any(op[0] in ("race", "flip") for op in case.ops):
-            for number, (first, second) in enumerate(zip(*traces, strict=True)):
-                if first != second:
-                    names = "RAM status logs host".split()
-                    odd = [name for name, a, b in zip(names, first, second, strict=True) if a != b]
-                    what = f"after operation {number}, {case.ops[number][:2] if number < len(case.ops) else 'reset'}"
-                    return outcome._replace(kind="twins", what=f"{what}: {', '.join(odd)} differ")
-        return outcome
-
-    def _one(self, case: Case, engine: str, *, watch: bool) -> tuple[Outcome, list[Any]]:
-        folder = self.folder / "case"
-        folder.mkdir()
+        """`engine`: "python", "c", or "both", which are compared after each operation."""
+        engines = [engine] if engine != "both" else ["python", "c"] if KINDS[case.device].TWIN else ["python"]
         before = len(os.listdir("/proc/self/fd"))
-        rig = None
+        rigs: list[Rig] = []
+        kind = what = ""
         try:
             with _time_limit(SECONDS):
-                rig = Rig(KINDS[case.device](), case.transport, engine, self._ram, folder)
                 try:
-                    for op in case.ops:
-                        rig.perform(op)
-                        if watch:
-                            rig.observe()
-                    rig.recover()
-                    if watch:
-                        rig.observe()
+                    for name, ram in zip(engines, self._rams, strict=False):
+                        folder = self.folder / name
+                        folder.mkdir()
+                        rigs.append(Rig(KINDS[case.device](), case.transport, name, ram, folder))
+                    self._perform(case, rigs)
                 finally:
-                    rig.close()
+                    for rig in reversed(rigs):
+                        rig.close()
             self._bounds(before)
         except Violation as error:
-            return Outcome(error.kind, str(error), rig.chains if rig else 0), []
+            kind, what = error.kind, str(error)
         except Exception as error:
             lines = traceback.format_exception(error)[-6:]
-            return Outcome("exception", f"{type(error).__name__}: {error}\n{''.join(lines)}", 0), []
-        finally:
-            shutil.rmtree(folder)
-        return Outcome("", "", rig.chains, rig.oracle.served, rig.oracle.tangled), rig.trace
+            kind, what = "exception", f"{type(error).__name__}: {error}\n{''.join(lines)}"
+        for name in engines:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        if not rigs:
+            return Outcome(kind, what, 0)
+        return Outcome(kind, what, rigs[0].chains, rigs[0].oracle.served, rigs[0].oracle.tangled)
+
+    def _perform(self, case: Case, rigs: list[Rig]) -> None:
+        alike = not any(op[0] in ("race", "flip") for op in case.ops)
+        for number, op in enumerate([*case.ops, None]):
+            for rig in rigs:
+                try:
+                    if op is None:
+                        rig.recover()
+                    else:
+                        rig.perform(op)
+                except Violation as error:
+                    raise Violation(error.kind, f"{error.args[0].partition(': ')[2]} ({rig.engine})") from None
+            if len(rigs) > 1 and alike:
+                first, second = (rig.view for rig in rigs)
+                odd = [name for name, a, b in zip(VIEW, first, second, strict=True) if a != b]
+                if odd:
+                    what = op[:2] if op else "the end"
+                    raise Violation("twins", f"after operation {number}, {what}: {', '.join(odd)} differ")
 
     def _bounds(self, descriptors: int) -> None:
         """Descriptors, threads and memory of this process."""
