@@ -39,7 +39,7 @@ class Inflatable(Kind):
             count = pick.choice([0, 1, 1, 2, 8, 100])
             pfns = [pick.choice(pages) for _ in range(count)]
             if pick.random() < 0.3:
-                pfns += [pick.choice([0, 1, 0x20, 0x100, 0x107, 0x108, 0xD0000, 0xFFFFF, 0xFFFFFFFF, make.word(32)])]
+                pfns += [pick.choice([0, 1, 0x1A, 0x100, 0x103, 0x104, 0xD0000, 0xFFFFF, 0xFFFFFFFF, make.word(32)])]
             if pick.random() < 0.1:
                 pfns = [*range(pages.start, pages.stop)] * 4
             make.chain(pick.choice([INFLATE, INFLATE, DEFLATE]), [struct.pack(f"<{len(pfns)}I", *pfns)], [])

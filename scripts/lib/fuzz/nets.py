@@ -25,6 +25,7 @@ RX, TX = 0, 1
 MAC = "02:00:00:00:00:01"
 HEADER = struct.Struct("<BBHHHHH")  # virtio_net_hdr
 FRAME = bytes(range(64))
+READ = 70_000  # bytes at a time, more than a frame
 ROOM = 1 << 18  # bytes that the socket holds
 
 
@@ -128,7 +129,7 @@ class StreamNet(Kind):
 
     def settle(self) -> None:
         with suppress(OSError):
-            while data := self.device.far.recv(1 << 20):
+            while data := self.device.far.recv(READ):
                 self.arrived(data)
 
     def arrived(self, data: bytes) -> None:

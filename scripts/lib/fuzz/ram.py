@@ -11,7 +11,7 @@ from kvmpy.core.errors import GuestMemoryError
 from kvmpy.core.memory import GuestMemory, Region
 
 PAGE = mmap.PAGESIZE
-RANGES = ((0, 0x20000), (0x100000, 0x8000))  # guest address, bytes: a hole between the two
+RANGES = ((0, 0x1A000), (0x100000, 0x4000))  # guest address, bytes: a hole between the two
 RINGS, DATA = 0x1000, 0x6000  # what lies where, below the hole
 PROT_NONE = 0
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 0x02, 0x20, 0x100000  # <asm-generic/mman-common.h>

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import select
-import struct
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,8 @@ from kvmpy.testing import FakeBoard, RingDriver
 from kvmpy.virtio import blk, net
 from kvmpy.virtio.spec import STATUS
 
-from .oracle import DESC, INDIRECT, NEXT, WRITE, Oracle, Violation
+from .flow import Flow
+from .oracle import Oracle, Violation
 from .ram import DATA, RINGS, Ram
 
 ROUNDS = 300  # of the event loop, until a device has to come to rest
@@ -26,16 +25,6 @@ MAX_LOG_LINE = 500  # characters: a guest may fill no disk with one line
 MAX_LOG_LINES = 64  # for one operation
 
 Op = list[Any]  # a name, then arguments that JSON can have
-
-
-class Flow:
-    """The driver's side of a queue: descriptors that are free, and those of the chains under way."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.free = deque(range(size))
-        self.flight: dict[int, list[int]] = {}
-        self.seen = 0  # of the used ring
 
 
 class Rig:
@@ -112,10 +101,10 @@ class Rig:
         self._settle()
         self._status(STATUS.ACKNOWLEDGE | STATUS.DRIVER)
         driver.accept(features)
-        self.flows = [Flow(size) for size in sizes]
         for index, size in enumerate(sizes):
             driver.set("QueueSel", index)
             driver.add_queue(size)
+        self.flows = [Flow(self.mem, ring) for ring in driver.queues]
         self.oracle.loose = self.mem.raced = False
         self.oracle.mark()
         self.kind.started(features)
@@ -143,42 +132,11 @@ class Rig:
             self._late += not self._beginning
             if self._late == PATIENCE:
                 self.op_start(*self._restart)
-        if self.driver is None or index >= len(self.driver.queues) or not segments:
-            return
-        ring, flow = self.driver.queues[index], self.flows[index]
-        self._reclaim(index)
-        table = odd.get("indirect")
-        need = 1 if table is not None else len(segments)
-        if need > len(flow.free) or not flow.size:
-            return
-        places = [flow.free.popleft() for _ in range(need)]
-        head = places[0]
-        flow.flight[head] = places
-        entries = []
-        order = range(len(segments)) if table is not None else places
-        for n, (address, size, writable, data) in enumerate(segments):
-            if data:
-                payload = bytes.fromhex(data)
-                length = min(size, 1 << 17)
-                self.mem.poke(address, (payload * (length // len(payload) + 1))[:length])
-            flags = WRITE * writable | (NEXT if n + 1 < len(segments) else 0)
-            entries.append([address, size, flags, order[n + 1] if n + 1 < len(segments) else 0])
-        for n, field, value in odd.get("entries", ()):
-            entries[n % len(entries)][field] = value
-        if "loop" in odd:
-            entries[-1][2] |= NEXT
-            entries[-1][3] = order[odd["loop"] % len(order)]
-        for place, entry in zip(order, entries, strict=True):
-            self.mem.poke((ring.desc if table is None else table) + 16 * place, DESC.pack(*entry))
-        if table is not None:
-            flags, length = INDIRECT | odd.get("flags", 0), odd.get("length", 16 * len(entries))
-            self.mem.poke(ring.desc + 16 * head, DESC.pack(table, length, flags, odd.get("next", 0)))
-        self.driver.publish(index, odd.get("head", head))
-        if jump := odd.get("jump"):
-            ring.next_avail = ring.next_avail + jump & 0xFFFF
-            self.mem.poke(ring.avail + 2, struct.pack("<H", ring.next_avail))
-        self.chains += 1
-        self.oracle.stale = True
+        if self.driver is not None and index < len(self.driver.queues) and segments:
+            self.flows[index].reclaim(self.core.queues[index].positions[1])
+            if self.flows[index].submit(self.driver, index, segments, odd):
+                self.chains += 1
+                self.oracle.stale = True
 
     def op_kick(self, index: int) -> None:
         if self.driver is None:
@@ -201,8 +159,9 @@ class Rig:
         """A load, or with `value` a store, in the "device" (MMIO page or BAR) or the "config" space."""
         bus = self.board.memory_bus
         if space == "device":
-            base = self.driver.base if self.driver is not None else self.transport.base
-            base = self.transport.base if base is None else base
+            base = self.transport.base
+            if base is None and self.driver is not None:
+                base = self.driver.base  # where it has been
         else:
             base = self.ecam if self.board.pci is not None else None
         if base is None:
@@ -328,15 +287,3 @@ class Rig:
                     self._guarded(lambda fd=fd: self.steps.ready(fd))
             self.steps.turn()
         raise Violation("rest", f"the device has not come to rest in {ROUNDS} turns of the event loop")
-
-    def _reclaim(self, index: int) -> None:
-        """Take back the descriptors of the chains that the device has given back."""
-        assert self.driver is not None
-        flow, ring = self.flows[index], self.driver.queues[index]
-        end = self.core.queues[index].positions[1]
-        if end - flow.seen & 0xFFFF > flow.size:  # it was reset behind the driver's back
-            return
-        while flow.seen != end:
-            entry = self.mem.read(ring.used + 4 + 8 * (flow.seen % flow.size), 4)
-            flow.free.extend(flow.flight.pop(int.from_bytes(entry, "little"), ()))
-            flow.seen = flow.seen + 1 & 0xFFFF
