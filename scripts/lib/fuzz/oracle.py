@@ -189,6 +189,8 @@ class Oracle:
                 head = given if given in heads else head
             tables: list[Span] = []
             chain = walk(before, was, head, tables)
+            if chain is None and heads is not None:
+                continue  # taken in an earlier step, since when its descriptors have changed
             if chain is None:
                 self._suspect += tables
                 self._wrong.append(
