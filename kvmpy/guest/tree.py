@@ -130,7 +130,7 @@ class Unpacker:
             os.close(made)
             return
         if stat.S_ISLNK(entry.mode):
-            _check_link(name, target)
+            check_link(name, target)
         elif not stat.S_ISREG(entry.mode):
             raise GuestError(f"in the guest, {name!r} is neither file, folder nor link; it is not copied")
         with contextlib.suppress(FileNotFoundError):
@@ -146,8 +146,12 @@ class Unpacker:
         return HostError(f'cannot write "{path}": {error.strerror}', "give a folder that can be written")
 
 
-def _check_link(name: bytes, target: bytes) -> None:
-    """Raises GuestError for a link that leads out of the tree, or that has no target."""
-    inside = os.path.normpath(os.path.join(os.path.dirname(name), target))  # noqa: PTH118, PTH120 (bytes)
-    if not target or target.startswith(b"/") or inside == b".." or inside.startswith(b"../"):
+def check_link(name: bytes, target: bytes) -> None:
+    """Raises GuestError for a link that leads out of the tree, or that has no target.
+
+    `..` may stand at the front only: behind the name of another link, it would be from where that leads.
+    """
+    parts = [part for part in target.split(b"/") if part not in (b"", b".")]
+    up = next((at for at, part in enumerate(parts) if part != b".."), len(parts))
+    if not target or target.startswith(b"/") or up > name.count(b"/") or b".." in parts[up:]:
         raise GuestError(f"in the guest, the link {name!r} leads out of what is copied, to {target!r}; it is refused")

@@ -380,6 +380,16 @@ def test_links_that_lead_out_of_a_tree(tmp_path: Path, target: bytes) -> None:
     assert os.listdir(tmp_path / "tree") == []
 
 
+def test_links_that_lead_out_of_a_tree_together(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("secret")
+    sent = tree((DIR, b"d", b""), (LNK, b"d/up", b".."), (LNK, b"d/out", b"up/../outside"))
+
+    with pytest.raises(GuestError, match="leads out"):
+        speaking(sent + END).get("/x", tmp_path / "tree")
+
+    assert os.listdir(tmp_path / "tree/d") == ["up"]
+
+
 def test_a_tree_that_writes_through_its_own_link(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "tree").mkdir()
