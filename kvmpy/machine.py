@@ -59,7 +59,8 @@ LINUX_PROTOCOLS = ("pvh", "linux64", "decompressor")
 HVC = "console=hvc0"  # behind console=ttyS0: the last one is /dev/console
 QUIET = ("quiet", "loglevel=1")  # with --exec, the console is for the command's output, and for panics
 AGENT = "kvmpy.agent=only"  # guests/init.c, as the next one
-ROOT, ROOT_TAG = "kvmpy.root=root", "root"
+ROOT_WORD, ROOT_TAG = "kvmpy.root=", "root"
+ROOT = ROOT_WORD + ROOT_TAG
 
 EXIT_MARKER = r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z"  # guests/init.c
 
@@ -389,9 +390,11 @@ class Machine:
             return b""
         from .boot import initramfs  # not needed by those who bring their own
 
+        disks = [word for word in self.board.words if word.startswith(ROOT_WORD)]  # virtio/root_disk.py
         wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
-        if self.config.root is not None:
-            wanted.append("overlay")
+        has_root = self.config.root is not None or bool(disks)
+        if has_root:
+            wanted += ["overlay", *(word.rpartition(":")[2] for word in disks)]
         modules_dir = self.config.modules_dir
         if modules_dir is None and wanted:
             from .boot import kernels
@@ -403,7 +406,7 @@ class Machine:
             wanted = list(self.config.modules)
         return initramfs.build(
             exec=self.config.exec,
-            busybox="auto" if self.config.root is None else None,
+            busybox=None if has_root else "auto",
             modules=wanted,
             modules_dir=modules_dir,
             agent=self.config.agent,

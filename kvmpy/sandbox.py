@@ -4,7 +4,7 @@
         done = sandbox.run("python3", "-c", "print(6 * 7)", timeout=10)
         assert done.stdout == b"42\n"
 
-It sees the host's own file system, and what it writes is forgotten with it.
+It sees the host's own file system, or an image's, and what it writes is forgotten with it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
+from pathlib import Path
 from subprocess import PIPE
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .config import MachineConfig
 from .core import progress
@@ -27,7 +28,12 @@ from .guest.client import Agent, Word
 from .guest.process import Completed, Process
 from .guest.protocol import PORT
 from .machine import Machine
+from .root import is_folder
 from .virtio.vsock import Vsock
+
+if TYPE_CHECKING:
+    from .guest.changes import Change
+    from .oci.manifest import Config
 
 START_SECONDS = 60.0  # from power-on to the agent: 0.3 on an idle host
 CONNECT_SECONDS = 30.0  # for the guest's kernel to answer; longer than it ever takes, but for a guest that hangs
@@ -41,14 +47,17 @@ class Sandbox:
     """A machine whose guest does nothing but what it is asked: `with Sandbox() as sandbox:` starts and ends it.
 
     cpus, mem, kernel, modules_dir   as for Machine
-    root       where the guest's file system comes from: "host" (this host's), a folder, or "none" (what is in the
-               initramfs: busybox). It is read-only; what the guest writes is kept in its memory
+    root       where the guest's file system comes from: "host" (this host's), a folder, a disk image, a container image
+               (an OCI layout, what `docker save` writes, or "oci:NAME" from a registry), or "none" (what is in the
+               initramfs: busybox). It is only read; what the guest writes is kept in its memory
+    root_limit how large a container image may be when it is unpacked; pull: when "oci:NAME" is asked for in its
+               registry: "missing" (if it is not here), "always" or "never"
     volumes    folders besides: {host: guest} or {host: "guest:ro"}, or "host:guest[:ro]" each; without ro, the guest
                changes them
     network    "none", or "user": out through this host, without privileges
     publish    TCP ports of this host that lead into the guest, as [ip:]host:guest[/udp], or a number for both
-    env        variables of all commands
-    cwd, user  of all commands that name none; by default / and root
+    env        variables of all commands, besides those of a container image
+    cwd, user  of all commands that name none; by default those of the container image, else / and root
     start_timeout   seconds that the guest may take to be ready
 
     Its methods may be called from any thread. They raise GuestLost when the machine is gone; its `stop` and `report`
@@ -63,6 +72,8 @@ class Sandbox:
         kernel: str | PathLike[str] | None = None,
         modules_dir: str | PathLike[str] | None = None,
         root: str | PathLike[str] = HOST,
+        root_limit: str | int = "16G",
+        pull: str = "missing",
         volumes: Mapping[str | PathLike[str], str] | Sequence[str] = (),
         network: str = NONE,
         publish: Sequence[str | int] = (),
@@ -79,9 +90,12 @@ class Sandbox:
 
             words = [IP_WORD]
         self.env, self.cwd, self.user = dict(env or {}), cwd, user
+        self.image: Config | None = None  # how a container image wants to be run, from `prepare` on
         self.stopped: Stop | None = None  # how the machine has ended, once it has
         self.report = ""  # and the crash report, if that was no orderly end
         self.ready_seconds = 0.0  # from power-on until the agent was there
+        self._root = None if root in (HOST, NONE) or is_folder(root) else root
+        self._root_limit, self._pull = root_limit, pull
         self._network = network
         self._published = [f"{port}:{port}" if isinstance(port, int) else port for port in publish]
         self._start_timeout = start_timeout
@@ -99,7 +113,7 @@ class Sandbox:
                 cpus=cpus,
                 append=words,
                 agent=True,
-                root="/" if root == HOST else None if root == NONE else root,
+                root="/" if root == HOST else None if root == NONE or self._root is not None else root,
                 volumes=_volumes(volumes),
             )
         )
@@ -114,11 +128,26 @@ class Sandbox:
     ) -> None:
         self.close()
 
+    def prepare(self) -> None:
+        """Have the image of the root at hand, which `start` does otherwise; raises what kvmpy.root.find raises."""
+        if self._root is None:
+            return
+        from .root import find  # with what images take
+
+        found = find(self._root, limit=self._root_limit, pull=self._pull)
+        self._root = None
+        self.machine.add(found.disk)
+        self.image = found.image
+        if found.image is not None:
+            self.env = dict(found.image.env) | self.env
+            self.cwd, self.user = self.cwd or found.image.cwd, self.user or found.image.user
+
     def start(self) -> Self:
         """Boot, and wait until commands can be run."""
         if self._keeper is not None:
             raise ConfigError("this sandbox was started before", "make another one")
         try:
+            self.prepare()
             with progress.working("starting a machine"):
                 self._boot()
         except BaseException:
@@ -171,6 +200,30 @@ class Sandbox:
         """Start a command, as subprocess.Popen does. Other options are those of Agent.popen: tty, rlimits, umask."""
         how = self._how(env, cwd, user) | options
         return self._agent.popen(argv, stdin=stdin, stdout=stdout, stderr=stderr, **how)
+
+    # What was written.
+
+    def diff(self) -> tuple[Change, ...]:
+        """What commands have changed of the root, by path; each is `kind` (A, C or D) and `path`, which `str` joins.
+
+        Raises ConfigError with root="none". Volumes are not in it, nor /dev, /proc and /sys.
+        """
+        return self.files.changes(*self._not_changed())
+
+    def keep(self, host: str | PathLike[str]) -> list[str]:
+        """Copy what commands have changed of the root to a new or empty folder of the host, with a file `.wh.NAME` for
+        each NAME that was deleted; returns what had to be left out, a line each. Modes lose all but rwxr-xr-x.
+
+        Raises also ConfigError and HostError for the folder.
+        """
+        from .guest.changes import Keeper
+
+        keeper = Keeper(Path(host))
+        try:
+            self.files.changes(*self._not_changed(), keep=keeper)
+        finally:
+            keeper.close()
+        return keeper.left_out
 
     # The machine.
 
@@ -230,6 +283,10 @@ class Sandbox:
             "cwd": self.cwd if cwd is None else cwd,
             "user": self.user if user is None else user,
         }
+
+    def _not_changed(self) -> tuple[list[str], list[str]]:
+        ours = [] if self._network == NONE else ["/etc/resolv.conf"]
+        return ours, [volume.guest for volume in self.machine.config.volumes]
 
     def _greeted(self, stream: socket.socket) -> None:
         """The agent says that it is there (guests/PROTOCOL.md); on the event loop."""

@@ -40,6 +40,7 @@ enum kind {
 	RENAME = 38,
 	PACK = 39,
 	UNPACK = 40,
+	CHANGES = 41,
 	ENTRY = 48,
 };
 
@@ -63,6 +64,7 @@ enum file_flags {
 	HOW_PARENTS = 8,
 	HOW_NOFOLLOW = 16,
 	HOW_RECURSIVE = 32,
+	HOW_CONTENT = 64,
 };
 
 struct header {
@@ -143,7 +145,20 @@ long identify(const char *spec, struct identity *identity);
 /* command.c */
 __attribute__((noreturn)) void serve_command(char *payload, unsigned long size);
 
+/* changes.c */
+void changes(const char *upper, const char *lower, int content);
+
 /* files.c */
+enum { DEPTH = 256, PATH_SIZE = 4096 };
+enum { NO_FOLLOW = 0x100, TYPE = 0170000, FOLDER = 0040000, REGULAR = 0100000, LINK = 0120000, CHARACTER = 0020000 };
+#define IS(mode, type) (((mode)&TYPE) == (type))
+#define OPEN_FOLDER (O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
+extern char relative[PATH_SIZE]; /* the name, in a tree, of what is sent */
+__attribute__((noreturn)) void fail_file(long error, const char *name);
+u64 enter_name(const char *name, int depth);
+void send_link(int dir, const char *name, const struct stat *status, const char *told);
+void send_content(int fd);
+long each_name(int dir, long (*each)(int dir, const char *name, int depth), int depth);
 __attribute__((noreturn)) void serve_files(struct frame *request);
 
 static inline u64 now(void)

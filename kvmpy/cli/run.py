@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from subprocess import PIPE
 
 from ..core.errors import ConfigError, GuestLost
@@ -35,8 +36,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-m", "--mem", metavar="SIZE", default="512M", help="memory, e.g. 512M or 2G (default 512M)")
     add("-k", "--kernel", metavar="FILE", help="kernel image (default: the host's newest)")
     add("--modules-dir", metavar="DIR", help="the kernel's modules (default: beside it)")
-    root = "host (default), a folder, or none: busybox alone. What the guest writes to it is forgotten"
+    root = "host (default), a folder, a disk or container image, oci:NAME from a registry, or none: busybox alone"
     add("--root", metavar="WHAT", default=HOST, help=root)
+    limit = "how large a container image may be when unpacked (default 16G)"
+    add("--root-limit", metavar="SIZE", default="16G", help=limit)
+    pull = "when the registry of oci:NAME is asked: missing (default: if it is not here), always, never"
+    add("--pull", metavar="WHEN", default="missing", help=pull)
+    add("--keep", metavar="DIR", help="a new folder for what the command has written to the root; else it is forgotten")
+    add("--diff", action="store_true", help="tell what the command has changed of the root, on standard error")
     volume = "a folder of the host, which the guest changes unless it is ro (repeatable)"
     add("-v", "--volume", metavar="HOST:GUEST[:ro]", action="append", default=[], help=volume)
     add("-n", "--net", metavar="KIND", default=NONE, help="none (default) or user: out through this host")
@@ -51,13 +58,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not command:
-        raise ConfigError("there is no command", "write it behind the options: kvmpy run -- CMD WORDS")
     return execute(args, command, tty=args.tty)
 
 
-def execute(args: argparse.Namespace, command: list[str], *, tty: bool) -> int:
-    """Run `command` as the options say; the exit status for this process."""
+def execute(args: argparse.Namespace, command: list[str], *, tty: bool, whole: bool = False) -> int:
+    """Run `command` as the options say; the exit status for this process. With a container image it is the rest of the
+    image's command, unless it is `whole`."""
+    if args.keep is not None:
+        from ..guest.changes import check_empty
+
+        check_empty(Path(args.keep))
     timeout = boot.parse_seconds(args.timeout)
     environment = variables(args.env)
     if tty:
@@ -68,6 +78,8 @@ def execute(args: argparse.Namespace, command: list[str], *, tty: bool) -> int:
         kernel=args.kernel,
         modules_dir=args.modules_dir,
         root=args.root,
+        root_limit=args.root_limit,
+        pull=args.pull,
         volumes=args.volume,
         network=args.net,
         publish=args.publish,
@@ -77,14 +89,33 @@ def execute(args: argparse.Namespace, command: list[str], *, tty: bool) -> int:
     )
     relay.starting()
     try:
+        sandbox.prepare()
+        if sandbox.image is not None and not whole:
+            command = sandbox.image.argv(command)
+        if not command:
+            raise ConfigError("there is no command", "write it behind the options: kvmpy run -- CMD WORDS")
         with sandbox:
             pipes = {"tty": relay.terminal_size()} if tty else {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
-            with sandbox.popen(*command, **pipes) as process:
-                return relay.Relay(process, tty=tty).run(timeout)
+            try:
+                with sandbox.popen(*command, **pipes) as process:
+                    return relay.Relay(process, tty=tty).run(timeout)
+            finally:
+                if not isinstance(sys.exception(), GuestLost):
+                    _look_back(sandbox, args)
     except GuestLost as error:
         lines = sandbox.logs().splitlines()[-TAIL:]
         tell("\n".join([f"kvmpy: {printable(str(error))}", *(f"| {printable(line)}" for line in lines)]))
         return error.status
+
+
+def _look_back(sandbox: Sandbox, args: argparse.Namespace) -> None:
+    """What --keep and --diff ask for, when the command has ended."""
+    if args.keep is not None:
+        for line in sandbox.keep(args.keep):
+            tell(printable(f"kvmpy: not in {args.keep}: {line}"))
+    if args.diff:
+        for change in sandbox.diff():
+            tell(printable(str(change)))
 
 
 def variables(texts: list[str]) -> dict[str, str]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core.errors import ConfigError, GuestError, GuestFileError, GuestLost
 from ..core.record import Record
 from . import protocol, tree
 from .link import Connect, Inbox, Link, fs_bytes, unexpected
 from .protocol import EVERYTHING, MAX_DATA, UNCHANGED, FileRequest, How, Kind
+
+if TYPE_CHECKING:
+    from .changes import Change, Keeper
 
 GuestPath = str | bytes | os.PathLike[str]  # a relative one starts at /
 Owner = tuple[int, int]  # uid, gid
@@ -162,6 +168,42 @@ class Files:
                         raise unexpected(frame[0])
         finally:
             unpacker.close()
+
+    def changes(
+        self,
+        ours: Collection[str] = (),
+        mounts: Collection[str] = (),
+        keep: Keeper | None = None,
+    ) -> tuple[Change, ...]:
+        """What differs in the root from what it was when the guest started; with `keep`, it gets all that.
+
+        `ours` and `mounts` are those of guest/changes.py. Raises also ConfigError where the root is no overlay.
+        """
+        from . import changes
+
+        found = []
+        filtered = changes.Changes(ours, mounts)
+        how = _how(CONTENT=keep is not None)
+        try:
+            with _Request(self, Kind.CHANGES, changes.UPPER, changes.LOWER, how=how) as inbox:
+                while (frame := inbox.next())[0] != Kind.END:
+                    if frame[0] == Kind.ENTRY:
+                        entry, name, target = protocol.parse_entry(frame[2])
+                        if keep is not None:
+                            keep.skip()
+                        for code, path, attributes in filtered.take(entry, name):
+                            found.append(changes.told(code, path))
+                            if keep is not None:
+                                keep.change(code, path, attributes, target if path == name else b"")
+                    elif frame[0] == Kind.DATA and keep is not None:
+                        keep.data(frame[2])
+                    else:
+                        raise unexpected(frame[0])
+        except GuestFileError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            raise ConfigError("this root has no record of what was changed", 'use another than "none"') from None
+        return tuple(sorted(found, key=lambda change: change.path))
 
     def _do(
         self,

@@ -46,6 +46,7 @@ class Kind(IntEnum):
     RENAME = 38
     PACK = 39
     UNPACK = 40
+    CHANGES = 41
     ENTRY = 48
 
 
@@ -81,6 +82,16 @@ class How(IntFlag):
     PARENTS = 8
     NOFOLLOW = 16
     RECURSIVE = 32
+    CONTENT = 64
+
+
+class Change(IntEnum):
+    """What an ENTRY in the answer to CHANGES tells, in place of its links."""
+
+    DELETED = 0
+    CHANGED = 1
+    ADDED = 2
+    ENTERED = 3
 
 
 class Header(Wire):
