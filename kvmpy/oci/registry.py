@@ -34,6 +34,7 @@ MAX_TOKEN = 1 << 20  # bytes
 CHUNK = 1 << 18
 AGAIN = (408, 429, 500, 502, 503, 504)
 REFUSED = (401, 403)
+REDIRECTS = range(300, 400)
 DOCKER_LOGIN = "https://index.docker.io/v1/"  # under which docker keeps the login for its own registry
 CHALLENGE = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
@@ -171,6 +172,8 @@ class Registry:
             raise NotFoundError(f"{host} has no {name}", "look at its name and tag")
         if status in AGAIN:
             raise _LaterError(status, after)
+        if status in REDIRECTS:
+            raise HostError(f"{host} sends on those who want {name} to where nothing is", "use another registry")
         raise HostError(f"{host} answers status {status} for {name}", "is it a registry of container images?")
 
     # Who we are.
