@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from pathlib import Path
 from subprocess import PIPE
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,7 +27,6 @@ from .guest.client import Agent, Word
 from .guest.process import Completed, Process
 from .guest.protocol import PORT
 from .machine import Machine
-from .root import is_folder
 from .virtio.vsock import Vsock
 
 if TYPE_CHECKING:
@@ -94,7 +92,7 @@ class Sandbox:
         self.stopped: Stop | None = None  # how the machine has ended, once it has
         self.report = ""  # and the crash report, if that was no orderly end
         self.ready_seconds = 0.0  # from power-on until the agent was there
-        self._root = None if root in (HOST, NONE) or is_folder(root) else root
+        self._root = None if root in (HOST, NONE) or _is_folder(root) else root
         self._root_limit, self._pull = root_limit, pull
         self._network = network
         self._published = [f"{port}:{port}" if isinstance(port, int) else port for port in publish]
@@ -216,6 +214,8 @@ class Sandbox:
 
         Raises also ConfigError and HostError for the folder.
         """
+        from pathlib import Path
+
         from .guest.changes import Keeper
 
         keeper = Keeper(Path(host))
@@ -334,6 +334,12 @@ class _Door:
         error = GuestLost(f"the guest is lost: {sandbox.stopped}")
         error.stop, error.report = sandbox.stopped, sandbox.report
         return error
+
+
+def _is_folder(root: str | PathLike[str]) -> bool:
+    from .root import is_folder  # with what most do without
+
+    return is_folder(root)
 
 
 def _volumes(volumes: Mapping[str | PathLike[str], str] | Sequence[str]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from subprocess import PIPE
 
 from ..core.errors import ConfigError, GuestLost
@@ -65,6 +64,8 @@ def execute(args: argparse.Namespace, command: list[str], *, tty: bool, whole: b
     """Run `command` as the options say; the exit status for this process. With a container image it is the rest of the
     image's command, unless it is `whole`."""
     if args.keep is not None:
+        from pathlib import Path
+
         from ..guest.changes import check_empty
 
         check_empty(Path(args.keep))

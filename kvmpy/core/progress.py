@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -67,6 +66,8 @@ def working(title: str) -> Iterator[Work]:
 
 
 def _tell(work: Work, done: threading.Event) -> None:
+    import signal
+
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     begin = time.monotonic()
     wait = PATIENCE
