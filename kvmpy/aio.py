@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike
 from subprocess import DEVNULL, PIPE
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .guest.client import Word
 from .guest.files import Files
@@ -22,6 +23,10 @@ from .guest.link import deadline_after
 from .guest.process import Completed, Process, complete
 from .machine import Machine
 from .sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from .guest.changes import Change
+    from .oci.manifest import Config
 
 MAX_CALLS = 256  # under way at once; further ones wait for their turn
 
@@ -93,6 +98,19 @@ class AsyncSandbox:
 
     def metrics(self) -> dict[str, float]:
         return self._sandbox.metrics()
+
+    @property
+    def image(self) -> Config | None:
+        return self._sandbox.image
+
+    async def prepare(self) -> None:
+        await self._call(self._sandbox.prepare)
+
+    async def diff(self) -> tuple[Change, ...]:
+        return await self._call(self._sandbox.diff)
+
+    async def keep(self, host: str | PathLike[str]) -> list[str]:
+        return await self._call(self._sandbox.keep, host)
 
     async def pause(self) -> None:
         await self._call(self._sandbox.pause)

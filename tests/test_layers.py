@@ -42,7 +42,7 @@ ALLOWED = {
     "report": {"core", "evidence", "hints", "kvm.state", "machine", "x86.flags"},
     "sandbox": {"config", "core", "guest", "host", "machine", "oci.manifest", "report", "root", "virtio"},
     "doctor": {"boot", "core", "host", "jail", "kvm"},
-    "aio": {"guest", "machine", "sandbox"},
+    "aio": {"guest", "machine", "oci.manifest", "sandbox"},
     "pool": {"core", "sandbox"},
     "pytest_plugin": {"core", "doctor", "kvm", "machine", "report", "sandbox"},
     "cli": {
