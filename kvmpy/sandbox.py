@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 START_SECONDS = 60.0  # from power-on to the agent: 0.3 on an idle host
 CONNECT_SECONDS = 30.0  # for the guest's kernel to answer; longer than it ever takes, but for a guest that hangs
 VERDICT_SECONDS = 2.0  # from a connection's end to that of the machine, if that is why
+KEPT_TIMES = 4  # the guest's memory: what `keep` copies at most, since hard links become files, and holes content
 REPORTED = (Reason.PANIC, Reason.TRIPLE_FAULT, Reason.CRASH, Reason.ERROR)
 HOST, NONE = "host", "none"
 NETWORKS = (NONE, "user")
@@ -218,7 +219,7 @@ class Sandbox:
 
         from .guest.changes import Keeper
 
-        keeper = Keeper(Path(host))
+        keeper = Keeper(Path(host), KEPT_TIMES * self.machine.config.mem)
         try:
             self.files.changes(*self._not_changed(), keep=keeper)
         finally:

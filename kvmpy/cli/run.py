@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
 def execute(args: argparse.Namespace, command: list[str], *, tty: bool, whole: bool = False) -> int:
     """Run `command` as the options say; the exit status for this process. With a container image it is the rest of the
     image's command, unless it is `whole`."""
+    if args.root == NONE and (args.keep is not None or args.diff):
+        raise ConfigError("with --root none there is no record of what was changed", "leave out --keep and --diff")
     if args.keep is not None:
         from pathlib import Path
 

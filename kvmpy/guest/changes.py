@@ -70,10 +70,14 @@ def told(code: Code, name: bytes) -> Change:
 
 
 class Keeper:
-    """Makes changes below a folder of the host, which is new or empty. Raises ConfigError, GuestError and HostError."""
+    """Makes changes below a folder of the host, which is new or empty, with at most `limit` bytes of content.
 
-    def __init__(self, host: Path) -> None:
+    Raises ConfigError, GuestError and HostError.
+    """
+
+    def __init__(self, host: Path, limit: int) -> None:
         check_empty(host)
+        self._left = limit
         self._unpacker = tree.Unpacker(host)
         self._unpacker.entry(Entry(stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0), b"", b"")
         self._takes_data = False
@@ -107,8 +111,13 @@ class Keeper:
         self._takes_data = False
 
     def data(self, data: bytes) -> None:
-        if self._takes_data:
-            self._unpacker.data(data)
+        if not self._takes_data:
+            return
+        self._left -= len(data)
+        if self._left < 0:  # holes: what was written is in the guest's memory
+            remedy = "let the command make no large sparse files, or give it a volume"
+            raise ConfigError("the command has written more than can be kept", remedy)
+        self._unpacker.data(data)
 
 
 def check_empty(host: Path) -> None:

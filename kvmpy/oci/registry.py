@@ -145,9 +145,9 @@ class Registry:
             with error:
                 challenge = error.headers.get("WWW-Authenticate", "")
                 status = error.code
-            if status != 401 or self._authorization or not challenge:
+            if status != 401 or not challenge:
                 self._refuse(status, error.headers.get("Retry-After", ""))
-            self._authorization = self._authorize(challenge)
+            self._authorization = self._authorize(challenge)  # for the first time, or the token is too old
             try:
                 answer = self._send(url, headers)
             except urllib.error.HTTPError as second:

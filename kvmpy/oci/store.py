@@ -114,9 +114,9 @@ def _build(part: Path, config: Config, layers: Sequence[Layer], limit: int, work
         disk = Ext4(file.fileno(), limit)
         for layer in layers:
             apply(layer, tree, disk, budget, work.add)
-        if config.cwd:
-            tree.make_folder(os.fsencode(config.cwd))
         try:
+            if config.cwd:
+                tree.make_folder(os.fsencode(config.cwd))
             disk.finish(tree, config.id.encode())
         except ImageError as error:
             raise ImageError(f"the image {config.id}: {error.what}", error.remedy) from None
@@ -140,8 +140,11 @@ def _told(path: Path) -> Iterator[None]:
 
 def _prune() -> None:
     """Remove the entries used longest ago, and what killed processes have left. A machine keeps its open disk."""
-    entries = sorted(folder().glob(f"*.{VERSION}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for entry in entries[KEEP:]:
+    used = {}
+    for entry in folder().glob(f"*.{VERSION}"):
+        with suppress(OSError):  # somebody else has removed it
+            used[entry] = entry.stat().st_mtime
+    for entry in sorted(used, key=used.__getitem__, reverse=True)[KEEP:]:
         with suppress(OSError):
             shutil.rmtree(entry)
     for part in folder().glob(f"*{PART}"):

@@ -61,7 +61,7 @@ def test_added_changed_deleted(agent: NativeAgent, overlay: tuple[Path, Path], t
     whiteout(upper / "never-was")
 
     told = agent.files.changes()
-    keeper = Keeper(tmp_path / "kept")
+    keeper = Keeper(tmp_path / "kept", 1 << 20)
     again = agent.files.changes(keep=keeper)
     keeper.close()
 
@@ -130,7 +130,7 @@ def test_a_deep_and_wide_tree(agent: NativeAgent, overlay: tuple[Path, Path]) ->
 
 
 def keep(tmp_path: Path, *entries: tuple[int, bytes, bytes]) -> Keeper:
-    keeper = Keeper(tmp_path / "kept")
+    keeper = Keeper(tmp_path / "kept", 10)
     try:
         for mode, name, target in entries:
             keeper.change(Change.ADDED, name, Entry(mode, 0, 0, 2, 0, 0), target)
@@ -168,9 +168,16 @@ def test_a_folder_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "kept/x").touch()
 
     with pytest.raises(ConfigError, match="not an empty folder; give one that is new or empty"):
-        Keeper(tmp_path / "kept")
+        Keeper(tmp_path / "kept", 1)
     with pytest.raises(ConfigError, match=r"no folder .*/no to make where in"):
-        Keeper(tmp_path / "no/where")
+        Keeper(tmp_path / "no/where", 1)
+
+
+def test_more_than_a_guest_can_have_written(tmp_path: Path) -> None:
+    files = [(REG, b"%d" % number, b"") for number in range(3)]
+
+    with pytest.raises(ConfigError, match="more than can be kept; let the command make no large sparse files"):
+        keep(tmp_path, *files)
 
 
 def test_an_agent_that_lies() -> None:

@@ -187,6 +187,23 @@ def test_a_token_for_those_who_have_logged_in(server: Server, tmp_path: Path) ->
     assert pull(server).image is not None
 
 
+def test_a_token_that_gets_too_old(server: Server) -> None:
+    given: list[str] = []
+
+    def special(path: str, headers: dict[str, str]) -> Answer | None:
+        if path.startswith("/token"):
+            given.append(f"token{len(given)}")
+            return 200, {}, json.dumps({"access_token": given[-1]}).encode()
+        if given and headers.get("Authorization") == f"Bearer {given[-1]}" and len(server.requests) != 5:
+            return None
+        return 401, {"WWW-Authenticate": f'Bearer realm="http://{server.host}/token"'}, b""
+
+    server.answers.append(special)
+
+    assert pull(server).image is not None
+    assert len(given) == 2
+
+
 def test_a_password_for_each_request(server: Server, tmp_path: Path) -> None:
     login = log_in(tmp_path, server.host)
 

@@ -46,6 +46,23 @@ def test_a_command_begins_in_the_current_folder(monkeypatch: pytest.MonkeyPatch,
     assert run.working_directory("host") == ""
 
 
+@pytest.mark.parametrize("option", [["--diff"], ["--keep", "x"]])
+def test_changes_of_a_root_without_a_record(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--root", "none", *option, "--", "true"]) == 125
+
+    assert capsys.readouterr().err.startswith(
+        "kvmpy: with --root none there is no record of what was changed; leave out"
+    )
+
+
+def test_a_folder_to_keep_changes_in_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x").touch()
+
+    assert cli.main(["run", "--keep", str(tmp_path), "--", "true"]) == 125
+
+    assert "is not an empty folder; give one that is new or empty" in capsys.readouterr().err
+
+
 def test_root() -> None:
     assert kvmpy.Sandbox().machine.config.root == "/"
     assert kvmpy.Sandbox(root="tree").machine.config.root == "tree"
