@@ -182,12 +182,15 @@ class Stored:
             )
         images = manifest.parse_json(b'{"images":' + data + b"}", name)
         found = [item for item in manifest.field(images, "images", list, name) if isinstance(item, dict)]
+        tags = [tag for item in found for tag in manifest.strings(item, "RepoTags", name)]
         if wanted:
             found = [item for item in found if wanted in manifest.strings(item, "RepoTags", name)]
         if len(found) != 1:
-            tags = [tag for item in found for tag in manifest.strings(item, "RepoTags", name)]
-            what = f"several images ({', '.join(tags[:10])})" if found else f'no image "{wanted}"'
-            raise ConfigError(f"{name} has {what}", f"name one that it has: {name}#NAME:TAG")
+            if wanted:
+                raise ConfigError(
+                    f'{name} has no image "{wanted}"', f"it has {', '.join(tags[:10]) or 'none with a name'}"
+                )
+            raise ConfigError(f"{name} has several images ({', '.join(tags[:10])})", f"name one: {name}#NAME:TAG")
         config = self._json(posixpath.normpath(manifest.field(found[0], "Config", str, name)))
         if config is None:
             raise ImageError(f"{name}: the configuration of the image is missing", REMEDY)

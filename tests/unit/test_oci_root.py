@@ -478,3 +478,18 @@ def test_an_entrypoint_of_kvmpy_run(path: Path, monkeypatch: pytest.MonkeyPatch)
             run.run(parser.parse_args(["--root", str(path), *words]))
 
     assert started == [["a", "b"], []]
+
+
+def test_names_in_what_docker_save_wrote(tmp_path: Path) -> None:
+    other = Image(BASE)
+    both = json.loads(IMAGE.docker_files()["manifest.json"]) + json.loads(other.docker_files()["manifest.json"])
+    both[1]["RepoTags"] = ["other:1"]
+    files = IMAGE.docker_files() | other.docker_files() | {"manifest.json": json.dumps(both).encode()}
+    files |= {"1/layer.tar": IMAGE.layers[1]}
+    archive = write_archive(tmp_path / "both.tar", files)
+
+    assert root.find(f"{archive}#tiny:latest").image is not None
+    with pytest.raises(ConfigError, match=r'both.tar has no image "x:1"; it has tiny:latest, other:1'):
+        root.find(f"{archive}#x:1")
+    with pytest.raises(ConfigError, match=r"several images \(tiny:latest, other:1\); name one: .*both.tar#NAME:TAG"):
+        root.find(archive)
