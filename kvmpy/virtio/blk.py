@@ -162,7 +162,7 @@ class Blk(VirtioDevice):
 
     def attach(self, board: Board) -> None:
         """Open the image; raises ConfigError, NotFoundError, ImageError or HostError."""
-        self._image = image = open_image(self.path, **self._options)
+        self._image = image = self.open()
         self.features = BLK_F.SEG_MAX | BLK_F.BLK_SIZE | BLK_F.FLUSH | BLK_F.TOPOLOGY
         self.features |= BLK_F.RO if image.read_only else BLK_F.DISCARD | BLK_F.WRITE_ZEROES
         self.features |= BLK_F.MQ if len(self.queue_sizes) > 1 else 0
@@ -175,6 +175,10 @@ class Blk(VirtioDevice):
         except BaseException:
             self.close()
             raise
+
+    def open(self) -> Image:
+        """What has the content, opened once, by `attach`; a subclass may bring another one."""
+        return open_image(self.path, **self._options)
 
     def activate(self, features: int, queues: Sequence[VirtQueue]) -> None:
         self._accepted = features
