@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -54,7 +55,8 @@ class Log:
         if count < BURST:
             if self._logger is None:
                 self._logger = _make_logger()
-            getattr(self._logger, level)(event, **fields)
+            with suppress(OSError, ValueError):  # it is full, or has gone: that must not stop a guest
+                getattr(self._logger, level)(event, **fields)
 
 
 class _Plain:
@@ -62,7 +64,8 @@ class _Plain:
 
     def __getattr__(self, level: str) -> Callable[..., None]:
         def write(event: str, **fields: object) -> None:
-            print(_line(None, level, {"level": level, "event": event} | fields), file=sys.stderr, flush=True)
+            if sys.stderr is not None:
+                print(_line(None, level, {"level": level, "event": event} | fields), file=sys.stderr, flush=True)
 
         return write
 
@@ -71,7 +74,7 @@ def _make_logger() -> Any:
     import structlog
 
     return structlog.wrap_logger(
-        structlog.PrintLogger(sys.stderr),
+        structlog.PrintLogger(sys.stderr) if sys.stderr is not None else structlog.ReturnLogger(),
         processors=[structlog.processors.add_log_level, _line],
     )
 

@@ -209,9 +209,12 @@ class Blk(VirtioDevice):
             self.config_changed()
 
     def close(self) -> None:
-        if self._image is not None:
-            self._image.close()
-            self._image = None
+        image, self._image = self._image, None
+        try:
+            if image is not None:
+                image.close()
+        except OSError as error:  # of the last flush
+            self.board.log("a disk may have lost what was written last", path=str(self.path), why=error.strerror)
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"capacity": self.space.capacity}
