@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
-from typing import Any
+
+from .typed import Any
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 BURST, PERIOD = 10, 5.0
