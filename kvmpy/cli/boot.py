@@ -23,6 +23,7 @@ from ..core.typed import TYPE_CHECKING, Any
 from ..core.units import is_decimal
 from ..host import endpoint
 from ..host.tty import Key
+from ..kvm.handle import explain_bus_errors
 from ..machine import Machine
 from . import settings, tell
 from .options import Option, switch
@@ -85,6 +86,7 @@ def boot(
     lock: Lock | None,
 ) -> int:
     """Run the machine and tell how it ended; returns the exit status."""
+    explain_bus_errors()
     machine = Machine(config, endpoint=lambda loop, console: open_endpoint(kind, path, loop, console, machine))
     previous = {number: signal.signal(number, _stopper(machine)) for number in SIGNALS}
     if kind == "stdio":

@@ -38,6 +38,7 @@ from typing import Any
 import pytest
 from balloons import INFLATE, Inflatable, pages
 from disks import CONTENT, FEATURES, SECTORS, SIZE, Disk
+from images import bzimage
 from nics import FRAME, PLAIN, Rig
 from shares import Client
 from vsocks import Guest
@@ -594,3 +595,32 @@ def test_no_memory_for_a_guest(broken: Fault, call: str, number: int) -> None:
         GuestMemory.allocate([(0, 16 << 20)])
 
     assert os.listdir("/proc/self/fd") == before
+
+
+TRUNCATES = """
+import os, sys
+from kvmpy import cli
+from kvmpy.boot import files
+real = files.read
+
+def read(path, *words):
+    view = real(path, *words)
+    os.truncate(path, 0)
+    return view
+
+files.read = read
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["boot", "--kernel"], ["run", "--root", "none", "--kernel"]], ids=str)
+def test_kernel_that_is_truncated_while_it_is_read(tmp_path: Path, words: list[str]) -> None:
+    kernel = tmp_path / "bzImage"
+    kernel.write_bytes(bzimage(bytes(1 << 20)))
+    command = [sys.executable, "-c", TRUNCATES, *words, kernel, *(["--", "true"] if "run" in words else [])]
+
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+
+    assert (done.returncode, done.stdout) == (125, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("kvmpy: memory has gone: a kernel or initrd was truncated while it was read")
