@@ -30,8 +30,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +98,22 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Fault:
 
 
 def image(tmp_path: Path, options: dict[str, Any]) -> Path:
-    """An image with CONTENT, of which a qcow2 one has half in clusters."""
+    """An image with CONTENT."""
     path = tmp_path / "disk.img"
-    path.write_bytes(CONTENT)
-    if options.get("format") != "qcow2":
-        return path
+    path.write_bytes(qcow2() if options.get("format") == "qcow2" else CONTENT)
+    return path
+
+
+@cache
+def qcow2() -> bytes:
+    """A qcow2 image with CONTENT."""
     if not shutil.which("qemu-img"):
         pytest.skip("no qemu-img: apt-get install qemu-utils")
-    words = ["qemu-img", "convert", "-O", "qcow2", "-o", "cluster_size=4K", path, tmp_path / "disk.qcow2"]
-    subprocess.run(words, check=True)
-    return tmp_path / "disk.qcow2"
+    with tempfile.TemporaryDirectory() as folder:
+        raw, made = Path(folder, "raw"), Path(folder, "qcow2")
+        raw.write_bytes(CONTENT)
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", "-o", "cluster_size=4K", raw, made], check=True)
+        return made.read_bytes()
 
 
 @pytest.fixture(params=DISKS)
