@@ -31,6 +31,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -45,15 +46,18 @@ from nics import FRAME, PLAIN, Rig
 from shares import Client
 from vsocks import Guest
 
+from kvmpy import faults
 from kvmpy.core.errors import HostError
 from kvmpy.core.events import EventLoop
 from kvmpy.core.log import Log
 from kvmpy.core.memory import GuestMemory
 from kvmpy.host import endpoint, fuse_wire, passt, syscalls, tap
 from kvmpy.host.fuse import FuseServer
-from kvmpy.testing import StepLoop
-from kvmpy.virtio.blk import S, T
+from kvmpy.host.unix_socket import UnixSocket
+from kvmpy.testing import FakeBoard, RingDriver, StepLoop
+from kvmpy.virtio.blk import HEADER, Blk, S, T
 from kvmpy.virtio.net import RX, TX
+from kvmpy.virtio.rng import Rng
 from kvmpy.virtio.vsock_stream import RST, RW, SHUTDOWN
 
 Fault = Callable[[str, int], Any]  # breaks a system call with an errno, for a `with`
@@ -302,6 +306,41 @@ def test_system_calls_that_are_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_
     assert list(answers) == []
 
 
+def test_slow_disk_is_alone_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a thread of its own: another device answers, while a request waits for the host."""
+    waits, goes_on = threading.Event(), threading.Event()
+
+    def sleep(seconds: float) -> None:
+        waits.set()
+        goes_on.wait(60)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    board, own = FakeBoard(16 << 20), EventLoop("disk", lambda error: None)
+    monkeypatch.setattr(board, "new_loop", lambda name: own)
+    disk, other = Blk(path=image(tmp_path, {})), Rng()
+    faults.inject(disk, faults.Delay("read"))
+    disk.attach(board)
+    other.attach(board)
+    slow, quick = RingDriver(board), RingDriver(board, 1, free=1 << 20)
+    slow.start()
+    quick.start()
+    own.start()
+
+    head = slow.submit(0, [HEADER.pack(T.IN, 0, 0)], [512, 1])
+    slow.kick(0)
+    assert waits.wait(60)
+    number = quick.request(0, writable=[16])
+    early = slow.used(0)
+    goes_on.set()
+    with disk.lock:
+        late = slow.used(0)
+    own.stop()
+    disk.close()
+
+    assert len(number) == 16
+    assert (early, late) == ([], [(head, 513)])
+
+
 # Networks.
 
 
@@ -412,8 +451,6 @@ def test_console_on_a_full_device(loop: tuple[EventLoop, list[BaseException]]) -
 
 
 def test_reader_of_a_console_goes(loop: tuple[EventLoop, list[BaseException]], tmp_path: Path) -> None:
-    from kvmpy.host.unix_socket import UnixSocket
-
     steps, sent = StepLoop(), list[int]()
     console = UnixSocket(steps, tmp_path / "console", lambda data: None, sent.append)
     reader = socket.socket(socket.AF_UNIX)
@@ -433,6 +470,35 @@ def test_reader_of_a_console_goes(loop: tuple[EventLoop, list[BaseException]], t
         steps.ready(listener)
         console.write(b"for the next one")
         assert again.recv(100) == b"for the next one"
+    console.close()
+
+
+@pytest.mark.parametrize("call", ["accept", "dup"])
+def test_no_descriptor_for_a_reader_of_a_console(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Fault, call: str
+) -> None:
+    """The listener does not spin meanwhile, and takes readers again when there is one."""
+    steps = StepLoop()
+    console = UnixSocket(steps, tmp_path / "console", lambda data: None, lambda count: None)
+    (listener,) = steps.watched
+    with (
+        socket.socket(socket.AF_UNIX) as reader,
+        broken({"accept": "socket.socket.accept", "dup": "os.dup"}[call], errno.EMFILE),
+    ):
+        reader.connect(str(tmp_path / "console"))
+        steps.ready(listener)
+    assert steps.watched == {}
+    steps.advance(1)
+    steps.ready(listener)
+    for fd in set(steps.watched) - {listener}:
+        steps.ready(fd)  # the one that waited, and has gone
+
+    with socket.socket(socket.AF_UNIX) as reader:
+        reader.connect(str(tmp_path / "console"))
+        steps.ready(listener)
+        console.write(b"hello")
+        reader.settimeout(10)
+        assert reader.recv(100) == b"hello"
     console.close()
 
 
