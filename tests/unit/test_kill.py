@@ -12,6 +12,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -183,6 +184,46 @@ def fetching(*words: str) -> Victim:
     return Victim(" ".join(words), command, check, 0.15, fakes, with_fakes)
 
 
+# What make-image puts in its place.
+
+PUT = """
+import importlib.util, sys
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path({script!r}).parent))
+spec = importlib.util.spec_from_loader("make_image", SourceFileLoader("make_image", {script!r}))
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+for number in range({times}):
+    files = {{}}
+    for name in ("root.vmlinuz", "root.initrd", "root.img"):
+        (folder / "new").mkdir(exist_ok=True)
+        (folder / "new" / name).write_text(str(number % 10) * 100000)
+        files[folder / name] = folder / "new" / name
+    module.put(files)
+"""
+
+
+def putting(times: int) -> str:
+    return PUT.format(script=str(SCRIPTS / "make-image"), times=times)
+
+
+def check_put(folder: Path, said: str) -> None:
+    """An image is there only with the kernel and the initrd that go with it, all of them whole."""
+    found = [
+        path.read_text() for path in (folder / f"root.{end}" for end in ("img", "vmlinuz", "initrd")) if path.exists()
+    ]
+    assert all(len(text) == 100000 and len(set(text)) == 1 for text in found)
+    if (folder / "root.img").exists():
+        assert len(found) == 3
+        assert len(set(found)) == 1
+    subprocess.run([sys.executable, "-c", putting(1), folder], check=True, stdout=subprocess.DEVNULL)
+    assert not list(folder.glob(".*.part"))
+
+
 # Sockets.
 
 SOCKETS = """
@@ -217,6 +258,7 @@ VICTIMS = [
     ),
     fetching("fetch-kernel", "amd64"),
     fetching("fetch-image"),
+    Victim("make-image", script(putting(1 << 30)), check_put, 0.5),
     Victim("socket", script(SOCKETS), check_socket, 0.05),
 ]
 
