@@ -213,13 +213,14 @@ class VirtQueue:
         return desc, avail.cast("B"), used
 
     @property
-    def positions(self) -> tuple[int, int]:
-        """Of the next entry in the available ring and of the next one in the used ring, both modulo 2^16."""
-        return self._next_avail, self._next_used
+    def positions(self) -> tuple[int, int, int]:
+        """Of the next entry in the available ring, of the next one in the used ring, and of the one there up to which
+        the driver has been told, all modulo 2^16."""
+        return self._next_avail, self._next_used, self._signalled
 
     @positions.setter
-    def positions(self, positions: tuple[int, int]) -> None:
-        self._next_avail, self._next_used = positions
+    def positions(self, positions: tuple[int, int, int]) -> None:
+        self._next_avail, self._next_used, self._signalled = positions
 
     # State.
 
