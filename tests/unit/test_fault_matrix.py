@@ -17,7 +17,7 @@
 | the folder is removed | virtio-fs | ENOENT; what is open can still be read | lives |
 | the host does not take pages back | balloon | nothing: the pages stay where they are | lives |
 | standard error is full, closed or gone | the log | nothing | lives; lines are lost |
-| no memory, no descriptor for RAM | start | there is none | one line with a remedy |
+| no memory, no descriptor, no thread | start | there is none | one line with a remedy |
 | a kernel or initrd is truncated while it is read | start | there is none | one line, status 125 |
 """  # noqa: E501
 
@@ -54,6 +54,7 @@ from kvmpy.core.memory import GuestMemory
 from kvmpy.host import endpoint, fuse_wire, passt, syscalls, tap
 from kvmpy.host.fuse import FuseServer
 from kvmpy.host.unix_socket import UnixSocket
+from kvmpy.machine import Machine
 from kvmpy.testing import FakeBoard, RingDriver, StepLoop
 from kvmpy.virtio.blk import HEADER, Blk, S, T
 from kvmpy.virtio.net import RX, TX
@@ -669,6 +670,41 @@ def test_no_memory_for_a_guest(broken: Fault, call: str, number: int) -> None:
         GuestMemory.allocate([(0, 16 << 20)])
 
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "file descriptors"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory"),
+        (MemoryError(), "memory"),
+        (RuntimeError("can't start new thread"), "threads"),
+    ],
+)
+def test_machine_that_the_host_has_no_more_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, what: str
+) -> None:
+    """Wherever that is found out: a HostError, and nothing stays open."""
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("kvmpy.boot.loader.read_image", fail)
+    machine = Machine(kernel=tmp_path / "kernel")
+
+    with pytest.raises(HostError, match=f"this host has no more {what}; .*raise the limit"):
+        machine.start()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_loop_that_gets_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = EventLoop("test", lambda error: None)
+    monkeypatch.setattr("threading.Thread.start", lambda thread: (_ for _ in ()).throw(RuntimeError))
+
+    with pytest.raises(RuntimeError):
+        loop.start()
+    loop.stop()
 
 
 TRUNCATES = """
