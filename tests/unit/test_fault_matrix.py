@@ -40,7 +40,7 @@ from typing import Any
 
 import pytest
 from balloons import INFLATE, Inflatable, pages
-from disks import CONTENT, FEATURES, SECTORS, SIZE, Disk
+from disks import CONTENT, FEATURES, SECTORS, SIZE, Disk, failing
 from images import bzimage
 from nics import FRAME, PLAIN, Rig
 from shares import Client
@@ -645,6 +645,18 @@ def test_log_that_nobody_takes(monkeypatch: pytest.MonkeyPatch, error: Exception
 
     log.warning("an event", number=1)
     log.warning("another event", number=2)
+
+
+def test_log_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is when the first line is written, and there may be no descriptor then."""
+    log = Log()
+    with monkeypatch.context() as patch:
+        patch.setattr("kvmpy.core.log._make_logger", failing(errno.EMFILE))
+        log.warning("an event")
+
+    log.warning("a later one")
+
+    assert capsys.readouterr().err == "kvmpy: warning: a later one\n"
 
 
 @pytest.mark.parametrize("locked_in", [False, True])
