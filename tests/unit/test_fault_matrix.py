@@ -526,7 +526,8 @@ def share(tmp_path: Path) -> Iterator[tuple[Path, Client]]:
     """A shared folder, with a file in it."""
     folder = tmp_path / "share"
     folder.mkdir()
-    (folder / "file").write_bytes(b"content")
+    for name in ("file", "other"):
+        (folder / name).write_bytes(b"content")
     server = FuseServer(folder)
 
     def serve(parts: Any, room: int) -> bytes:
@@ -543,6 +544,11 @@ FILES = {
     "read": ("os.preadv", lambda client, fh: client.read(fh)),
     "write": ("os.pwritev", lambda client, fh: client.write(fh, b"text")),
     "fsync": ("os.fsync", lambda client, fh: client.call(fuse_wire.Op.FSYNC, 1, fuse_wire.FSYNC_IN.pack(fh, 0, 0))),
+    "lookup": ("os.stat", lambda client, fh: client.lookup(b"other")),
+    "open": ("os.open", lambda client, fh: client.open(client.walk("other"))),
+    "create": ("os.open", lambda client, fh: client.create(b"new")),
+    "readdir": ("os.open", lambda client, fh: client.names()),
+    "rename": ("os.rename", lambda client, fh: client.rename(b"other", b"another")),
     "mkdir": ("os.mkdir", lambda client, fh: client.mkdir(b"folder")),
     "unlink": ("os.unlink", lambda client, fh: client.unlink(b"file")),
 }
@@ -562,6 +568,16 @@ def test_shared_folder_that_the_host_refuses(
     assert (error.value.errno, met[0]) == (number, number)
     assert client.read(fh) == b"content"
     operation(client, fh)
+
+
+def test_new_folder_that_cannot_be_opened_is_not_there(share: tuple[Path, Client], broken: Fault) -> None:
+    folder, client = share
+
+    with broken("os.open", errno.EMFILE), pytest.raises(OSError, match="Too many open files"):
+        client.mkdir(b"new")
+
+    assert not (folder / "new").exists()
+    client.mkdir(b"new")
 
 
 def test_shared_folder_without_room(share: tuple[Path, Client]) -> None:
