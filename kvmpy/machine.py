@@ -300,7 +300,7 @@ class Machine:
         if self.config.root is not None:
             from .virtio.fs import Fs
 
-            devices.append(Fs(path=self.config.root, tag=ROOT_TAG, ro=True))
+            devices.append(Fs(path=self.config.root, tag=ROOT_TAG, ro=True, xattrs=False))
         if self.config.volumes:
             from .virtio.fs import Fs
 
