@@ -110,6 +110,16 @@ class TimedOut(KvmpyError, TimeoutError):
         self.stderr = stderr
 
 
+class TooLarge(KvmpyError):
+    """What a guest has for the host is more than the caller has room for; `stdout` and `stderr` are the beginnings of
+    a command's output."""
+
+    def __init__(self, what: str, remedy: str = "", stdout: bytes = b"", stderr: bytes = b"") -> None:
+        super().__init__(what, remedy)
+        self.stdout = stdout
+        self.stderr = stderr
+
+
 class AgentError(KvmpyError):
     """The agent in the guest could not do what it was asked for: `stage` is what failed, `errno` why."""
 

@@ -185,6 +185,9 @@ def failure(payload: bytes) -> AgentError | GuestLost:
     why = os.strerror(number)
     if stage == Stage.FILE:
         return GuestFileError(name, number, f"in the guest: {text}: {why}")
+    if stage == Stage.PORT:
+        remedy = "a program there must listen at it" if number == errno.ECONNREFUSED else ""
+        return AgentError(name, number, f"port {text} of the guest: {why}", remedy)
     if stage in COMMAND_STAGES:
         return _command_error(Stage(stage), name, number, text, why)
     remedy = "the guest needs more memory, or has too much running" if stage == Stage.SYSTEM else ""

@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from subprocess import DEVNULL, PIPE, STDOUT
 from typing import Any, Self
 
-from ..core.errors import CommandError, CommandFailed, ConfigError, GuestError, GuestLost, TimedOut
+from ..core.errors import CommandError, CommandFailed, ConfigError, GuestError, GuestLost, TimedOut, TooLarge
 from ..core.record import Record
 from . import protocol
 from .link import Connect, Link, deadline_after, failure, fs_bytes, unexpected
-from .protocol import MAX_DATA, WINDOW, Exec, Exit, Frame, Kind, Limit, Number, Run, Size
+from .protocol import LIMIT, MAX_DATA, WINDOW, Exec, Exit, Frame, Kind, Limit, Number, Run, Size
 
 COLLECT = 5.0  # seconds for the output of a command that was killed
 
@@ -122,10 +122,11 @@ class Process:
         assert self.returncode is not None
         return self.returncode
 
-    def communicate(self, input: bytes = b"", timeout: float | None = None) -> tuple[bytes, bytes]:
+    def communicate(self, input: bytes = b"", timeout: float | None = None, limit: int = LIMIT) -> tuple[bytes, bytes]:
         """Send `input` and its end, read all output, wait for the end; stdout and stderr.
 
-        Raises GuestLost, and TimedOut: then the command still runs, and `communicate()` may be called again to go on.
+        Raises GuestLost, TooLarge when one of them has more than `limit` bytes, and TimedOut. After the latter two the
+        command still runs, and `communicate()` may be called again to go on.
         """
         deadline = deadline_after(timeout)
         if self._to_send is None:
@@ -135,7 +136,7 @@ class Process:
             self._to_send = memoryview(bytes(input))
         while True:
             self._push_input(deadline)
-            self._collect()
+            self._collect(limit)
             if self._is_complete():
                 break
             if not self._until(self._has_work, deadline):
@@ -156,12 +157,16 @@ class Process:
     def kill(self, group: bool = False) -> None:
         self.send_signal(signal.SIGKILL, group)
 
+    def kill_all(self) -> None:
+        """Kill the command, with all that it has started, wherever that is now; also when it has ended itself."""
+        self._tell(protocol.frame(Kind.SIGNAL, bytes(Number(signal.SIGKILL)), protocol.TO_ALL))
+
     def resize(self, rows: int, columns: int) -> None:
         """Give its terminal another size."""
         self._tell(protocol.frame(Kind.RESIZE, bytes(Size(rows, columns))))
 
     def close(self) -> None:
-        """Let go of the command: if it has not ended, all its process group is killed."""
+        """Let go of the command: if it has not ended, it is killed with all that it has started."""
         with self._changed:
             if self._broken is None:
                 self._broken = GuestLost(f"{_shown(self.args)} was let go of")
@@ -233,6 +238,8 @@ class Process:
                     self._changed.notify_all()
                 self._take(frames, broken)
                 if not frames and broken is None:
+                    return condition()
+                if deadline is not None and time.monotonic() >= deadline:  # however much it still has to say
                     return condition()
         return True
 
@@ -315,13 +322,18 @@ class Process:
         if not self._to_send:
             self.end_input()
 
-    def _collect(self) -> None:
+    def _collect(self, limit: int) -> None:
         for stream, buffer in self._buffers.items():
+            collected = self._collected[stream]
             with self._changed:
-                data = bytes(buffer)
-                buffer.clear()
-            self._collected[stream] += data
-            self._return_credit(stream, len(data))
+                size = min(len(buffer), limit - len(collected))
+                collected += buffer[:size]
+                del buffer[:size]
+                is_over = bool(buffer)
+            self._return_credit(stream, size)
+            if is_over:
+                what = f"{_shown(self.args)} has written more than {limit} bytes"
+                raise TooLarge(what, "give it a larger limit, or read its output as it comes: popen", *self._output())
 
     def _output(self) -> tuple[bytes, bytes]:
         return tuple(bytes(self._collected.get(stream, b"")) for stream in (protocol.STDOUT, protocol.STDERR))  # type: ignore[return-value]
@@ -362,7 +374,12 @@ class _Input(io.RawIOBase):
 
 
 def run(
-    connect: Connect, args: Sequence[str | bytes], input: bytes | None, timeout: float | None, **how: Any
+    connect: Connect,
+    args: Sequence[str | bytes],
+    input: bytes | None,
+    timeout: float | None,
+    limit: int = LIMIT,
+    **how: Any,
 ) -> Completed:
     """Run a command to its end; raises as `Agent.run`."""
     deadline = deadline_after(timeout)
@@ -370,19 +387,24 @@ def run(
     with Process(
         connect, args, **{"stdin": stdin, "stdout": PIPE, "stderr": PIPE, "timeout": timeout, **how}
     ) as process:
-        return complete(process, input, timeout, deadline)
+        return complete(process, input, timeout, deadline, limit)
 
 
-def complete(process: Process, input: bytes | None, timeout: float | None, deadline: float | None) -> Completed:
+def complete(
+    process: Process, input: bytes | None, timeout: float | None, deadline: float | None, limit: int = LIMIT
+) -> Completed:
     """Carry a process to its end, which comes at `deadline` at the latest; raises as `Agent.run`."""
     try:
         left = None if deadline is None else max(0, deadline - time.monotonic())
-        stdout, stderr = process.communicate(input or b"", left)
+        stdout, stderr = process.communicate(input or b"", left, limit)
+    except TooLarge:
+        process.kill_all()
+        raise
     except TimedOut:
-        process.kill(group=True)
+        process.kill_all()
         try:
-            out, err = process.communicate(timeout=COLLECT)
-        except TimedOut as late:  # something of it has left the process group, and has the output open
+            out, err = process.communicate(timeout=COLLECT, limit=limit)
+        except (TimedOut, TooLarge) as late:  # it waits for a device, or had much more to say
             out, err = late.stdout, late.stderr
         raise TimedOut(
             f"{_shown(process.args)} was killed after {timeout:g} s", "give it more time", out, err
