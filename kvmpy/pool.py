@@ -17,6 +17,7 @@ from .core.errors import ConfigError, KvmpyError, TimedOut
 from .sandbox import Sandbox
 
 MAX_SIZE = 1024
+LOOK_SECONDS = 1.0  # from the death of a sandbox that waits to its replacement
 
 
 class SandboxPool:
@@ -46,10 +47,12 @@ class SandboxPool:
 
     def __len__(self) -> int:
         """How many are ready."""
-        return sum(isinstance(item, Sandbox) for item in list(self._ready))
+        return sum(isinstance(item, Sandbox) and item.stopped is None for item in list(self._ready))
 
     def start(self) -> Self:
         """Begin to start sandboxes, one after the other."""
+        if self._thread is not None:
+            raise ConfigError("this pool was started before", "make another one")
         self._thread = threading.Thread(target=self._fill, name="kvmpy-pool", daemon=True)
         self._thread.start()
         return self
@@ -89,12 +92,24 @@ class SandboxPool:
             if isinstance(item, Sandbox):
                 item.close()
 
+    def _bury(self) -> None:
+        """Close the sandboxes that have died while they waited."""
+        with self._change:
+            dead = [item for item in self._ready if isinstance(item, Sandbox) and item.stopped is not None]
+            for item in dead:
+                self._ready.remove(item)
+        for item in dead:
+            item.close()
+
     def _fill(self) -> None:
         while True:
+            self._bury()
             with self._change:
-                self._change.wait_for(lambda: self._closing or len(self._ready) < self.size)
+                is_wanted = self._change.wait_for(lambda: self._closing or len(self._ready) < self.size, LOOK_SECONDS)
                 if self._closing:
                     return
+                if not is_wanted:
+                    continue
             item: Sandbox | KvmpyError
             try:
                 item = Sandbox(**self._options).start()

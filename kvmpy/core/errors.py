@@ -6,7 +6,8 @@ An error is one line: what is wrong with which thing, then, after a semicolon, w
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, ClassVar
+
+from .typed import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from .board import Stop
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 class KvmpyError(Exception):
     """Base of all errors that users can act on; `status` is the exit status of the command line.
 
-    `stage` is what was being done, where there are steps, and `errno` the system's reason, where it gave one.
+    `stage` is what was being done, where there are steps, `errno` the system's reason, where it gave one, and `log` the
+    file with what the guest's console has said, where there is one.
     """
 
     status: ClassVar[int] = 125
     stage: str = ""
     errno: int | None = None
+    log: str = ""
 
     def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what)

@@ -202,7 +202,8 @@ class _Request:
         uid, gid = owner or (UNCHANGED, UNCHANGED)
         head = FileRequest(how, UNCHANGED if mode is None else mode & 0o7777, uid, gid, offset, size)
         words = [fs_bytes(path) for path in paths]
-        self._link = Link(files._connect, protocol.frame(kind, bytes(head) + protocol.strings(*words)))
+        request = protocol.frame(kind, bytes(head) + protocol.strings(*words))
+        self._link = Link(files._connect, request, files.timeout)
         self._inbox = Inbox(self._link, f"{kind.name.lower()} {os.fsdecode(words[0])}", files.timeout)
 
     def __enter__(self) -> Inbox:

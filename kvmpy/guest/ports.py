@@ -6,7 +6,7 @@ import socket
 
 from ..core.errors import GuestError, GuestLost, TimedOut
 from . import protocol
-from .link import Connect, failure, unexpected
+from .link import Connect, failure, open_connection, unexpected
 from .protocol import MAX_DATA, Header, Hello, Kind, Number
 
 
@@ -17,10 +17,7 @@ def dial(connect: Connect, port: int, timeout: float | None = None) -> socket.so
     seconds, and GuestLost.
     """
     lost = getattr(connect, "lost", GuestLost)
-    try:
-        stream = connect()
-    except OSError as error:
-        raise lost(f"cannot reach the guest's agent: {error}", "the guest must run, with its agent") from None
+    stream = open_connection(connect, timeout)
     try:
         stream.settimeout(timeout)
         hello = protocol.frame(Kind.HELLO, protocol.HELLO)

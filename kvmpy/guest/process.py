@@ -83,12 +83,13 @@ class Process:
         self._input_read = self._input_open
         self._collected = {stream: bytearray() for stream in self._buffers}
         self._to_send: memoryview | None = None
-        self._link = Link(connect, request)
+        begin = deadline_after(timeout)
+        self._link = Link(connect, request, timeout)
         self.stdin = io.BufferedWriter(_Input(self)) if self._input_open else None
         self.stdout = self._file(protocol.STDOUT)
         self.stderr = self._file(protocol.STDERR)
         try:
-            if not self._until(lambda: bool(self.pid), deadline_after(timeout)):
+            if not self._until(lambda: bool(self.pid), begin):
                 raise TimedOut(f"{_shown(self.args)} was not started within {timeout:g} s")
         except BaseException:
             self.close()

@@ -75,6 +75,19 @@ def test_the_dead_are_left_out() -> None:
     assert taken is started[1]
 
 
+def test_the_dead_are_replaced_before_anybody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "LOOK_SECONDS", 0.01)
+    with SandboxPool(size=2) as sandboxes:
+        wait_until(lambda: len(sandboxes) == 2)
+        started[0].stopped = Stop(Reason.PANIC)
+        assert len(sandboxes) == 1
+
+        wait_until(lambda: len(sandboxes) == 2)
+
+    assert len(started) == 3
+    assert not started[0].running
+
+
 def test_an_error_is_told_to_each() -> None:
     with SandboxPool(size=3, number=13) as sandboxes:
         for _ in range(3):
@@ -100,3 +113,5 @@ def test_a_pool_that_is_closed_or_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ConfigError, match="closed"):
         sandboxes.take()
+    with pytest.raises(ConfigError, match="started before"):
+        sandboxes.start()
