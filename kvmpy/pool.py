@@ -13,6 +13,7 @@ from collections import deque
 from types import TracebackType
 from typing import Any, Self
 
+from .core.board import Reason, Stop
 from .core.errors import ConfigError, KvmpyError, TimedOut
 from .sandbox import Sandbox
 
@@ -36,6 +37,7 @@ class SandboxPool:
         self._ready: deque[Sandbox | KvmpyError] = deque()
         self._closing = False
         self._thread: threading.Thread | None = None
+        self._starting: Sandbox | None = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -85,6 +87,8 @@ class SandboxPool:
         with self._change:
             self._closing = True
             self._change.notify_all()
+            if self._starting is not None:  # not to be waited for
+                self._starting.machine.stop(Stop(Reason.QUIT))
         if self._thread is not None:
             self._thread.join()
         while self._ready:
@@ -110,12 +114,16 @@ class SandboxPool:
                     return
                 if not is_wanted:
                     continue
+                self._starting = sandbox = Sandbox(**self._options)
             item: Sandbox | KvmpyError
             try:
-                item = Sandbox(**self._options).start()
+                item = sandbox.start()
             except KvmpyError as error:
                 item = error
             with self._change:
+                self._starting = None
+                if self._closing and isinstance(item, KvmpyError):
+                    return
                 if isinstance(item, KvmpyError):  # for who waits now or comes next; no use to fill the pool with it
                     self._ready.append(item)
                     self._change.notify_all()

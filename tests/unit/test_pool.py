@@ -11,7 +11,7 @@ import pytest
 
 from kvmpy import pool
 from kvmpy.core.board import Reason, Stop
-from kvmpy.core.errors import ConfigError, HostError, TimedOut
+from kvmpy.core.errors import ConfigError, GuestLost, HostError, TimedOut
 from kvmpy.pool import SandboxPool
 
 LIMIT = 10.0
@@ -26,6 +26,8 @@ class FakeSandbox:
         self.number = number
         self.running = False
         self.stopped: Stop | None = None
+        self.machine = self
+        self.stops: list[Stop] = []
 
     def start(self) -> FakeSandbox:
         if self.number == 13:
@@ -33,6 +35,9 @@ class FakeSandbox:
         self.running = True
         started.append(self)
         return self
+
+    def stop(self, why: Stop) -> None:
+        self.stops.append(why)
 
     def close(self) -> None:
         self.running = False
@@ -100,6 +105,26 @@ def test_options_are_checked_at_once() -> None:
         SandboxPool(number=-1)
     with pytest.raises(ConfigError, match="a pool of 0 sandboxes"):
         SandboxPool(size=0)
+
+
+def test_who_closes_a_pool_does_not_wait_for_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+
+    def start(self: FakeSandbox) -> FakeSandbox:
+        """Until somebody stops the machine."""
+        begun.set()
+        wait_until(lambda: bool(self.stops))
+        raise GuestLost("the guest did not start")
+
+    monkeypatch.setattr(FakeSandbox, "start", start)
+    sandboxes = SandboxPool(size=1).start()
+    begun.wait(LIMIT)
+
+    begin = time.monotonic()
+    sandboxes.close()
+
+    assert time.monotonic() - begin < LIMIT / 2
+    assert len(sandboxes) == 0
 
 
 def test_a_pool_that_is_closed_or_slow(monkeypatch: pytest.MonkeyPatch) -> None:

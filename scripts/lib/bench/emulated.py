@@ -20,12 +20,12 @@ from .contenders import ROOT
 from .harness import Failed, Figure, Run
 
 
-def kernel(row: str) -> Path:
-    """Debian's cloud kernel; raises Failed."""
+def kernel(row: str, name: str) -> Path:
+    """Debian's kernel of that name (scripts/fetch-kernel); raises Failed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kernels = sorted((cache / "kvmpy/kernels/cloud/boot").glob("vmlinuz-*"))
+    kernels = sorted((cache / f"kvmpy/kernels/{name}/boot").glob("vmlinuz-*"))
     if not kernels:
-        raise Failed(f"no kernel for the row {row}: run scripts/fetch-kernel cloud")
+        raise Failed(f"no kernel for the row {row}: run scripts/fetch-kernel {name}")
     return kernels[-1]
 
 

@@ -41,7 +41,7 @@ done
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    kernel = emulated.kernel("fs")
+    kernel = emulated.kernel("fs", "amd64")  # the cloud kernel has no 9p
     share = folder / "share"
     make_tree(share)
     initrd = folder / "initrd"

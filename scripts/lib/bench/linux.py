@@ -21,7 +21,7 @@ INIT_SAYS = "init-is-here"
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
     """All boots are done here, in rounds; what a Run gives is one round of them."""
-    kernel = emulated.kernel("linux")
+    kernel = emulated.kernel("linux", "cloud")
     kvmpy, initrd = BUILD / "venv/bin/kvmpy", folder / "initrd"
     subprocess.run([kvmpy, "initrd", "-o", initrd, "--exec", f"echo {INIT_SAYS}"], check=True)
     monitors = [monitor for monitor in found() if re.search(options.only, monitor.name)]

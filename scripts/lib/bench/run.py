@@ -21,7 +21,7 @@ COMMAND = "/bin/true"
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    kernel = emulated.kernel("run")
+    kernel = emulated.kernel("run", "amd64")  # the cloud kernel has no 9p
     commands = {"kvmpy": [str(BUILD / "venv/bin/kvmpy"), "run", "--kernel", str(kernel), "--", COMMAND]}
     vng = shutil.which("vng", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
     if vng is None:
