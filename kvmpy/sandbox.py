@@ -39,6 +39,7 @@ START_SECONDS = 60.0  # from power-on to the agent: 0.3 on an idle host
 CONNECT_SECONDS = 30.0  # for the guest's kernel to answer; longer than it ever takes, but for a guest that hangs
 VERDICT_SECONDS = 2.0  # from a connection's end to that of the machine, if that is why
 REPORTED = (Reason.PANIC, Reason.TRIPLE_FAULT, Reason.CRASH, Reason.ERROR)
+LOG_LIMIT = 64 << 20  # bytes
 ANY = "0.0.0.0"  # all addresses of this host
 HOST, NONE = "host", "none"
 NETWORKS = (NONE, "user")
@@ -58,7 +59,8 @@ class Sandbox:
     env        variables of all commands
     cwd, user  of all commands that name none; by default / and root
     start_timeout   seconds that the guest may take to be ready
-    log        a file that is to have what the guest's console says, and at the end the crash report if there is one
+    log        a file that is to have what the guest's console says, the first 64 MiB of it, and at the end the crash
+               report if there is one
 
     Its methods may be called from any thread. They raise GuestLost when the machine is gone; its `stop` and `report`
     tell why, its `log` where more is. The start raises what that of a Machine does, and GuestLost with stage "start".
@@ -355,7 +357,7 @@ def _into(log: str) -> MakeEndpoint:
     """The console's end in a file."""
     from .host.endpoint import File
 
-    return lambda loop, console: File(loop, log, console.sent)
+    return lambda loop, console: File(loop, log, console.sent, LOG_LIMIT)
 
 
 def _forward(port: str | int) -> str:

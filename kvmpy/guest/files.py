@@ -97,13 +97,14 @@ class Files:
     def list(self, path: GuestPath, limit: int = LIMIT) -> tuple[Info, ...]:
         """What is in a folder, by name; raises TooLarge when that takes more than `limit` bytes (64 MiB: some 100,000
         names)."""
-        found, cost = [], 0
+        found: list[Info] = []
+        cost = 0
         with _Request(self, Kind.LIST, path) as inbox:
             while (frame := inbox.next())[0] == Kind.ENTRY:
-                found.append(_info(frame[2]))
                 cost += ENTRY_COST + len(frame[2])
                 if cost > limit:
                     raise _too_large(path, f"more than {len(found)} entries")
+                found.append(_info(frame[2]))
             _check_end(frame[0])
         return tuple(sorted(found, key=lambda info: info.name))
 

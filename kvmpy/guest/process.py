@@ -280,7 +280,10 @@ class Process:
         elif kind == Kind.WINDOW and stream == protocol.STDIN:
             self._window = min(self._window + protocol.parse(Number, payload).value, WINDOW)
         elif kind == Kind.EXIT and self.usage is None:
-            self.usage = protocol.parse(Exit, payload)
+            usage = protocol.parse(Exit, payload)
+            if usage.status > 255 or usage.signal > signal.NSIG:
+                raise GuestLost(f"the guest's agent sent an end with status {usage.status}, signal {usage.signal}")
+            self.usage = usage
         else:
             raise unexpected(kind)
 
@@ -324,17 +327,18 @@ class Process:
             self.end_input()
 
     def _collect(self, limit: int) -> None:
+        is_over = False
         for stream, buffer in self._buffers.items():
             collected = self._collected[stream]
             with self._changed:
                 size = min(len(buffer), limit - len(collected))
                 collected += buffer[:size]
                 del buffer[:size]
-                is_over = bool(buffer)
+                is_over = is_over or bool(buffer)
             self._return_credit(stream, size)
-            if is_over:
-                what = f"{_shown(self.args)} has written more than {limit} bytes"
-                raise TooLarge(what, "give it a larger limit, or read its output as it comes: popen", *self._output())
+        if is_over:
+            what = f"{_shown(self.args)} has written more than {limit} bytes"
+            raise TooLarge(what, "give it a larger limit, or read its output as it comes: popen", *self._output())
 
     def _output(self) -> tuple[bytes, bytes]:
         return tuple(bytes(self._collected.get(stream, b"")) for stream in (protocol.STDOUT, protocol.STDERR))  # type: ignore[return-value]

@@ -31,7 +31,7 @@ from kvmpy.core.errors import (
 from kvmpy.guest import protocol
 from kvmpy.guest.client import Agent
 from kvmpy.guest.process import Process
-from kvmpy.guest.protocol import HELLO, WINDOW, Kind, Number, frame
+from kvmpy.guest.protocol import HELLO, WINDOW, Exit, Kind, Number, frame
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
@@ -238,15 +238,15 @@ def test_orphans_are_reaped_while_the_command_runs(agent: NativeAgent) -> None:
     assert children.split() == [command]
 
 
-def test_output_has_a_limit(agent: NativeAgent) -> None:
-    script = "echo $$ >&2; head -c 100000 /dev/zero; sleep 60"
+def test_output_has_a_limit(agent: NativeAgent, tmp_path: Path) -> None:
+    script = "echo $$ >pid; head -c 100000 /dev/zero; sleep 60"
     zeros = agent.run(["head", "-c", "1000", "/dev/zero"], limit=1000)
     with pytest.raises(TooLarge, match="more than 1000 bytes; give it a larger limit") as caught:
-        agent.run(["sh", "-c", script], limit=1000)
+        agent.run(["sh", "-c", script], limit=1000, cwd=str(tmp_path))
 
     assert zeros.stdout == bytes(1000)
     assert caught.value.stdout == bytes(1000)
-    assert has_ended(int(caught.value.stderr))
+    assert has_ended(int((tmp_path / "pid").read_text()))
 
 
 def test_communicate_goes_on_after_a_limit(agent: NativeAgent) -> None:
@@ -273,6 +273,16 @@ def test_a_guest_that_never_stops_talking_keeps_nobody_beyond_the_timeout() -> N
         process.wait(0.2)
     theirs.close()
     talker.join(LIMIT)
+
+
+@pytest.mark.parametrize(("status", "number"), [(256, 0), (0xFFFFFFFF, 0), (0, 200), (0, 0xFFFFFFFF)])
+def test_an_end_that_makes_no_sense(status: int, number: int) -> None:
+    ours, theirs = socket.socketpair()
+    end = frame(Kind.EXIT, bytes(Exit(status, number, 0, 0, 0, 0, 0, 0)))
+    theirs.sendall(frame(Kind.HELLO, HELLO) + frame(Kind.STARTED, bytes(Number(7))) + end)
+
+    with theirs, Process(lambda: ours, ["x"]) as process, pytest.raises(GuestLost, match="sent an end with status"):
+        process.wait(LIMIT)
 
 
 def usage(pid: int) -> tuple[int, int, int]:
