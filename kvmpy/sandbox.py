@@ -102,10 +102,12 @@ class Sandbox:
         self._vsock = Vsock()
         self._ready = threading.Event()
         self._ended = threading.Event()
+        self._closing = threading.RLock()
         self._awake = threading.Event()  # unless the machine is paused
         self._awake.set()
         self._keeper: threading.Thread | None = None
-        self._agent = Agent(_Door(self))
+        self._door = _Door(self)
+        self._agent = Agent(self._door)
         self.files = self._agent.files
         self.machine = Machine(
             MachineConfig.of(
@@ -145,7 +147,11 @@ class Sandbox:
         return self
 
     def close(self) -> None:
-        """End the machine and all that runs in it; safe to call twice."""
+        """End the machine and all that runs in it; safe to call twice, and from any thread."""
+        with self._closing:
+            self._close()
+
+    def _close(self) -> None:
         self.machine.stop(Stop(Reason.QUIT))
         self._awake.set()
         for port in self._ports:
@@ -199,9 +205,11 @@ class Sandbox:
         """Lead a port of this host into the guest, as the option of that name; the host's port.
 
         Once the sandbox runs, and without a network before that too, connections go through the agent to the guest's
-        loopback interface: TCP alone, and a program that listens at 127.0.0.1 is enough. Raises ConfigError.
+        loopback interface: TCP alone, and a program that listens at 127.0.0.1 is enough. Raises ConfigError, GuestLost.
         """
         text = _forward(port)
+        if self.stopped is not None:
+            raise self._door.lost("the sandbox does not run")
         if self._keeper is not None:
             (opened,) = self._open_ports([text])
             opened.start()
