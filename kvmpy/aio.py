@@ -17,9 +17,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from .guest.client import Word
+from .guest.completed import Completed, complete
 from .guest.files import Files
 from .guest.link import deadline_after
-from .guest.process import Completed, Process, complete
+from .guest.process import Process
 from .guest.protocol import LIMIT
 from .machine import Machine
 from .sandbox import Sandbox

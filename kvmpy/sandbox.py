@@ -26,7 +26,8 @@ from .core import progress
 from .core.board import Reason, Stop
 from .core.errors import ConfigError, GuestLost
 from .guest.client import Agent, Word
-from .guest.process import Completed, Process
+from .guest.completed import Completed
+from .guest.process import Process
 from .guest.protocol import PORT
 from .machine import Machine
 from .virtio.vsock import Vsock

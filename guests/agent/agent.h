@@ -40,8 +40,8 @@ enum kind {
 	RENAME = 38,
 	PACK = 39,
 	UNPACK = 40,
-	DIAL = 41,
 	ENTRY = 48,
+	DIAL = 49,
 };
 
 enum stage {

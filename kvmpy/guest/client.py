@@ -9,9 +9,10 @@ from subprocess import PIPE
 
 from ..core.errors import GuestLost
 from . import ports
+from .completed import Completed, run
 from .files import Files
 from .link import Connect, deadline_after
-from .process import Completed, Process, run
+from .process import Process
 from .protocol import LIMIT
 
 Word = str | bytes

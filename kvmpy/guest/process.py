@@ -12,32 +12,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from subprocess import DEVNULL, PIPE, STDOUT
-from typing import Any, Self
+from typing import Self
 
-from ..core.errors import CommandError, CommandFailed, ConfigError, GuestError, GuestLost, TimedOut, TooLarge
-from ..core.record import Record
+from ..core.errors import CommandError, GuestError, GuestLost, TimedOut, TooLarge
 from . import protocol
-from .link import Connect, Link, deadline_after, failure, fs_bytes, unexpected
-from .protocol import LIMIT, MAX_DATA, WINDOW, Exec, Exit, Frame, Kind, Limit, Number, Run, Size
-
-COLLECT = 5.0  # seconds for the output of a command that was killed
-
-
-class Completed(Record, frozen=True):
-    """How a command ended: `returncode` is negative for a signal, `duration` in seconds of the guest."""
-
-    args: tuple[str | bytes, ...]
-    returncode: int
-    stdout: bytes
-    stderr: bytes
-    duration: float
-
-    def check(self) -> Self:
-        """Itself when the status is 0; raises CommandFailed."""
-        if self.returncode:
-            raise CommandFailed(_shown(self.args), self.returncode, self.stdout, self.stderr)
-        return self
+from .link import Connect, Link, deadline_after, failure, unexpected
+from .protocol import LIMIT, MAX_DATA, WINDOW, Exit, Frame, Kind, Number, Run, Size
+from .request import flags_of, request, shown
+from .streams import Input, Output
 
 
 class Process:
@@ -66,8 +48,8 @@ class Process:
         self.args = tuple(args)
         self.pid = 0
         self.usage: Exit | None = None  # what its end has told, besides the status
-        flags = _flags(stdin, stdout, stderr, tty is not None)
-        request = _request(self.args, flags, env or {}, cwd, user, umask, rlimits or {}, tty or (0, 0))
+        flags = flags_of(stdin, stdout, stderr, tty is not None)
+        frame = request(self.args, flags, env or {}, cwd, user, umask, rlimits or {}, tty or (0, 0))
         self._changed = threading.Condition()
         self._receiving = False
         self._broken: Exception | None = None
@@ -84,13 +66,13 @@ class Process:
         self._collected = {stream: bytearray() for stream in self._buffers}
         self._to_send: memoryview | None = None
         begin = deadline_after(timeout)
-        self._link = Link(connect, request, timeout)
-        self.stdin = io.BufferedWriter(_Input(self)) if self._input_open else None
+        self._link = Link(connect, frame, timeout)
+        self.stdin = io.BufferedWriter(Input(self)) if self._input_open else None
         self.stdout = self._file(protocol.STDOUT)
         self.stderr = self._file(protocol.STDERR)
         try:
             if not self._until(lambda: bool(self.pid), begin):
-                raise TimedOut(f"{_shown(self.args)} was not started within {timeout:g} s")
+                raise TimedOut(f"{shown(self.args)} was not started within {timeout:g} s")
         except BaseException:
             self.close()
             raise
@@ -119,7 +101,7 @@ class Process:
         It may never end when it writes more to a pipe than is read (256 KiB): use `communicate` then.
         """
         if not self._until(lambda: self.usage is not None, deadline_after(timeout)):
-            raise TimedOut(f"{_shown(self.args)} has not ended within {timeout:g} s")
+            raise TimedOut(f"{shown(self.args)} has not ended within {timeout:g} s")
         assert self.returncode is not None
         return self.returncode
 
@@ -142,7 +124,7 @@ class Process:
                 break
             if not self._until(self._has_work, deadline):
                 out, err = self._output()
-                raise TimedOut(f"{_shown(self.args)} has not ended within {timeout:g} s", "", out, err)
+                raise TimedOut(f"{shown(self.args)} has not ended within {timeout:g} s", "", out, err)
         self.close()
         return self._output()
 
@@ -170,7 +152,7 @@ class Process:
         """Let go of the command: if it has not ended, it is killed with all that it has started."""
         with self._changed:
             if self._broken is None:
-                self._broken = GuestLost(f"{_shown(self.args)} was let go of")
+                self._broken = GuestLost(f"{shown(self.args)} was let go of")
             self._changed.notify_all()
             busy = self._receiving
         if busy:
@@ -337,130 +319,11 @@ class Process:
                 is_over = is_over or bool(buffer)
             self._return_credit(stream, size)
         if is_over:
-            what = f"{_shown(self.args)} has written more than {limit} bytes"
+            what = f"{shown(self.args)} has written more than {limit} bytes"
             raise TooLarge(what, "give it a larger limit, or read its output as it comes: popen", *self._output())
 
     def _output(self) -> tuple[bytes, bytes]:
         return tuple(bytes(self._collected.get(stream, b"")) for stream in (protocol.STDOUT, protocol.STDERR))  # type: ignore[return-value]
 
     def _file(self, stream: int) -> io.BufferedReader | None:
-        return io.BufferedReader(_Output(self, stream), MAX_DATA) if stream in self._buffers else None
-
-
-class _Output(io.RawIOBase):
-    """stdout or stderr of a command."""
-
-    def __init__(self, process: Process, stream: int) -> None:
-        self._process, self._stream = process, stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        return self._process.read_into(self._stream, memoryview(buffer).cast("B"))
-
-
-class _Input(io.RawIOBase):
-    """stdin of a command; closing it is its end."""
-
-    def __init__(self, process: Process) -> None:
-        self._process = process
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        return self._process.write_input(memoryview(data).cast("B"))
-
-    def close(self) -> None:
-        if not self.closed:
-            self._process.end_input()
-        super().close()
-
-
-def run(
-    connect: Connect,
-    args: Sequence[str | bytes],
-    input: bytes | None,
-    timeout: float | None,
-    limit: int = LIMIT,
-    **how: Any,
-) -> Completed:
-    """Run a command to its end; raises as `Agent.run`."""
-    deadline = deadline_after(timeout)
-    stdin = DEVNULL if input is None else PIPE
-    with Process(
-        connect, args, **{"stdin": stdin, "stdout": PIPE, "stderr": PIPE, "timeout": timeout, **how}
-    ) as process:
-        return complete(process, input, timeout, deadline, limit)
-
-
-def complete(
-    process: Process, input: bytes | None, timeout: float | None, deadline: float | None, limit: int = LIMIT
-) -> Completed:
-    """Carry a process to its end, which comes at `deadline` at the latest; raises as `Agent.run`."""
-    try:
-        left = None if deadline is None else max(0, deadline - time.monotonic())
-        stdout, stderr = process.communicate(input or b"", left, limit)
-    except TooLarge:
-        process.kill_all()
-        raise
-    except TimedOut:
-        process.kill_all()
-        try:
-            out, err = process.communicate(timeout=COLLECT, limit=limit)
-        except (TimedOut, TooLarge) as late:  # it waits for a device, or had much more to say
-            out, err = late.stdout, late.stderr
-        raise TimedOut(
-            f"{_shown(process.args)} was killed after {timeout:g} s", "give it more time", out, err
-        ) from None
-    assert process.usage is not None and process.returncode is not None
-    return Completed(process.args, process.returncode, stdout, stderr, process.usage.elapsed / 1e9)
-
-
-def _shown(args: Sequence[str | bytes]) -> str:
-    return repr(args[0] if isinstance(args[0], str) else args[0].decode("utf-8", "replace"))
-
-
-def _flags(stdin: int | None, stdout: int | None, stderr: int | None, tty: bool) -> Run:
-    if tty:
-        return Run.TTY
-    for name, value, allowed in (
-        ("stdin", stdin, (None, PIPE, DEVNULL)),
-        ("stdout", stdout, (None, PIPE, DEVNULL)),
-        ("stderr", stderr, (None, PIPE, DEVNULL, STDOUT)),
-    ):
-        if value not in allowed:
-            raise ConfigError(f"{name} of a command in the guest cannot be {value!r}", "give PIPE, or copy it yourself")
-    flags = Run(0)
-    for value, flag in ((stdin, Run.STDIN), (stdout, Run.STDOUT), (stderr, Run.STDERR)):
-        if value == PIPE:
-            flags |= flag
-    return flags | Run.MERGE if stderr == STDOUT else flags
-
-
-def _request(
-    args: Sequence[str | bytes],
-    flags: Run,
-    env: Mapping[str, str],
-    cwd: str,
-    user: str,
-    umask: int,
-    rlimits: Mapping[int, tuple[int, int]],
-    size: tuple[int, int],
-) -> bytes:
-    """The frame; raises ConfigError when the agent could not take it."""
-    if not args:
-        raise ConfigError("a command has at least one word")
-    unbounded = protocol.EVERYTHING
-    limits = b"".join(
-        bytes(Limit(resource, 0, soft & unbounded, hard & unbounded)) for resource, (soft, hard) in rlimits.items()
-    )
-    head = Exec(flags, umask & 0o777, *size, len(args), len(env), len(rlimits))
-    words = [*map(fs_bytes, (cwd, user, *args)), *(fs_bytes(f"{name}={value}") for name, value in env.items())]
-    payload = bytes(head) + limits + protocol.strings(*words)
-    if len(payload) > protocol.MAX_EXEC:
-        raise ConfigError(f"{_shown(args)}: command and environment have {len(payload)} bytes", "the most is 2 MiB")
-    if len(rlimits) > protocol.MAX_LIMITS:
-        raise ConfigError(f"{len(rlimits)} resource limits", "the most is 16")
-    return protocol.frame(Kind.EXEC, payload)
+        return io.BufferedReader(Output(self, stream), MAX_DATA) if stream in self._buffers else None

@@ -53,8 +53,8 @@ class Kind(IntEnum):
     RENAME = 38
     PACK = 39
     UNPACK = 40
-    DIAL = 41
     ENTRY = 48
+    DIAL = 49
 
 
 class Stage(IntEnum):

@@ -15,7 +15,7 @@ from .contenders import BUILD
 from .harness import QEMU, Options, Run
 
 TIME_LIMIT = 900  # seconds for all rounds
-WARM = 50  # commands in a sandbox, in each round
+WARM = 30  # commands in a sandbox, in each round
 MEM = 512  # MiB
 COMMAND = "/bin/true"
 
