@@ -373,7 +373,7 @@ asyncio.run(main())
 """
 
 
-def test_asyncio_and_the_death_of_the_owner(start: Start, cloud: Path) -> None:
+def test_asyncio_and_the_death_of_the_owner(start: Start, cloud: Path, pingable: str) -> None:
     command = start(sys.executable, "-c", OWNER, cloud)
     command.expect("ready ")
     helpers = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent_of(pid) == command.pid]
