@@ -26,6 +26,7 @@ ALLOWED = {
     "virtio": {"core", "host", "pci", "_virtqueue"},
     "catalogue": {"core"},
     "testing": {"core", "pci", "virtio"},
+    "faults": {"core", "host", "virtio"},
     "config": {"core", "x86.layout"},
     "console": {"core"},
     "mainboard": {"core", "kvm", "pci", "virtio", "x86.layout"},
@@ -44,7 +45,8 @@ ALLOWED = {
     "doctor": {"boot", "core", "host", "jail", "kvm"},
     "aio": {"guest", "machine", "oci.manifest", "sandbox"},
     "pool": {"core", "sandbox"},
-    "pytest_plugin": {"core", "doctor", "kvm", "machine", "report", "sandbox"},
+    "oops": set(),
+    "pytest_plugin": {"core", "doctor", "kvm", "machine", "oops", "report", "sandbox"},
     "cli": {
         "boot", "catalogue", "config", "console", "core", "doctor", "foundation", "guest", "host", "jail", "kvm",
         "machine", "report", "sandbox", "steward", "virtio",

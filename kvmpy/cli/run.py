@@ -13,6 +13,7 @@ from subprocess import PIPE
 
 from ..core.errors import ConfigError, GuestLost
 from ..core.text import printable
+from ..kvm.handle import explain_bus_errors
 from ..sandbox import HOST, NONE, Sandbox
 from . import boot, relay, tell
 
@@ -46,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     volume = "a folder of the host, which the guest changes unless it is ro (repeatable)"
     add("-v", "--volume", metavar="HOST:GUEST[:ro]", action="append", default=[], help=volume)
     add("-n", "--net", metavar="KIND", default=NONE, help="none (default) or user: out through this host")
-    publish = "a port of the host for one of the guest, with --net user (repeatable)"
+    publish = "a port of the host for one of the guest (repeatable)"
     add("-p", "--publish", metavar="[IP:]HOST:GUEST[/udp]", action="append", default=[], help=publish)
     env = "a variable; without a value, as it is here (repeatable)"
     add("-e", "--env", metavar="NAME[=VALUE]", action="append", default=[], help=env)
@@ -91,6 +92,7 @@ def execute(args: argparse.Namespace, command: list[str], *, tty: bool, whole: b
         user=args.user,
     )
     relay.starting()
+    explain_bus_errors()
     try:
         sandbox.prepare()
         if sandbox.image is not None and not whole:

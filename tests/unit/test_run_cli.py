@@ -89,7 +89,8 @@ def test_volumes() -> None:
         (["--timeout", "soon", "true"], 'invalid time limit "soon"'),
         (["--cpus", "0", "true"], 'invalid number of CPUs "0"'),
         (["--mem", "lots", "true"], 'invalid size "lots"'),
-        (["--publish", "80:80", "true"], "ports cannot be published without a network"),
+        (["--publish", "80:80/udp", "true"], "udp port 80 cannot be published without a network card; give network="),
+        (["--publish", "80", "true"], 'cannot publish "80"; use [IP:]HOST:GUEST[/udp]'),
         (["--publish", "what", "--net", "user", "true"], 'cannot publish "what"'),
     ],
 )
@@ -109,6 +110,15 @@ def test_a_sandbox_that_does_not_run() -> None:
         sandbox.run("true")
     sandbox.close()
     sandbox.close()
+
+
+def test_published_ports() -> None:
+    sandbox = kvmpy.Sandbox(publish=["0:80", "127.0.0.1:0:81"])
+
+    assert sandbox.publish(8000) == 8000
+    assert sandbox.publish("9000:80") == 9000
+    with pytest.raises(kvmpy.ConfigError, match="cannot publish"):
+        sandbox.publish("nonsense")
 
 
 def test_errors_say_where_and_what_to_do() -> None:
