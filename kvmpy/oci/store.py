@@ -26,7 +26,7 @@ from .tree import Tree
 KEEP = 16  # disks; the ones used longest ago go first
 MAX_FILES = 1_000_000  # of one image
 VERSION = 1  # of what is in an entry
-DISK, CONFIG, FILES, PART = "root.ext4", "config.json", "files", ".part"
+DISK, CONFIG, FILES, PART, TRASH = "root.ext4", "config.json", "files", ".part", "trash-"
 
 
 class Entry(Record, frozen=True):
@@ -77,7 +77,7 @@ def make(config: Config, layers: Callable[[Path], Sequence[Layer]], limit: int) 
         place = _place(config.id)
         with _told(place):
             if place.exists():  # of another version, or damaged
-                shutil.rmtree(place)
+                _discard(place)
             part.rename(place)
         _prune()
     entry = find(config.id)
@@ -125,6 +125,13 @@ def _build(part: Path, config: Config, layers: Sequence[Layer], limit: int, work
         (part / CONFIG).write_text(json.dumps(values))
 
 
+def _discard(entry: Path) -> None:
+    """Remove an entry at once; what takes time has another name, which says that it may go."""
+    trash = entry.with_name(f"{TRASH}{os.getpid()}-{entry.stem}")
+    entry.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
 def _place(config_id: str) -> Path:
     return folder() / f"{config_id.partition(':')[2]}.{VERSION}"
 
@@ -146,7 +153,9 @@ def _prune() -> None:
             used[entry] = entry.stat().st_mtime
     for entry in sorted(used, key=used.__getitem__, reverse=True)[KEEP:]:
         with suppress(OSError):
-            shutil.rmtree(entry)
+            _discard(entry)
+    for trash in folder().glob(f"{TRASH}*"):
+        shutil.rmtree(trash, ignore_errors=True)
     for part in folder().glob(f"*{PART}"):
         with suppress(OSError), open(part.with_name(part.name.removesuffix(PART) + ".lock"), "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while somebody makes it
