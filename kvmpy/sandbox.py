@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
+from pathlib import Path
 from subprocess import PIPE
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +27,7 @@ from .core.errors import ConfigError, GuestLost
 from .guest.client import Agent, Word
 from .guest.process import Completed, Process
 from .guest.protocol import PORT
-from .machine import Machine
+from .machine import Machine, MakeEndpoint
 from .virtio.vsock import Vsock
 
 START_SECONDS = 60.0  # from power-on to the agent: 0.3 on an idle host
@@ -49,6 +50,9 @@ class Sandbox:
     publish    TCP ports of this host that lead into the guest, as [ip:]host:guest[/udp], or a number for both
     env        variables of all commands
     cwd, user  of all commands that name none; by default / and root
+    vsock      a UNIX socket, which is made, for other processes that want to reach ports of the guest, as the option
+               `path` of virtio-vsock
+    endpoint   makes the host's end of the console, as for Machine
     start_timeout   seconds that the guest may take to be ready
 
     Its methods may be called from any thread. They raise GuestLost when the machine is gone; its `stop` and `report`
@@ -69,6 +73,8 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
         cwd: str = "",
         user: str = "",
+        vsock: str | PathLike[str] | None = None,
+        endpoint: MakeEndpoint | None = None,
         start_timeout: float = START_SECONDS,
     ) -> None:
         if network not in NETWORKS:
@@ -85,7 +91,7 @@ class Sandbox:
         self._network = network
         self._published = [f"{port}:{port}" if isinstance(port, int) else port for port in publish]
         self._start_timeout = start_timeout
-        self._vsock = Vsock()
+        self._vsock = Vsock(path=None if vsock is None else Path(vsock))
         self._ready = threading.Event()
         self._ended = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -101,7 +107,8 @@ class Sandbox:
                 agent=True,
                 root="/" if root == HOST else None if root == NONE else root,
                 volumes=_volumes(volumes),
-            )
+            ),
+            endpoint=endpoint,
         )
 
     # Life.
@@ -126,6 +133,11 @@ class Sandbox:
             raise
         self.ready_seconds = time.monotonic() - self.machine.started_at
         return self
+
+    def wait(self, timeout: float | None = None) -> Stop | None:
+        """Wait until the machine has ended, and say how; None when it has not in `timeout` seconds."""
+        self._ended.wait(timeout)
+        return self.stopped
 
     def close(self) -> None:
         """End the machine and all that runs in it; safe to call twice."""

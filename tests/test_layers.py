@@ -38,13 +38,14 @@ ALLOWED = {
     "hints": {"core", "evidence", "kvm.exits"},
     "report": {"core", "evidence", "hints", "kvm.state", "machine", "x86.flags"},
     "sandbox": {"config", "core", "guest", "host", "machine", "report", "virtio"},
+    "named": {"core", "guest", "host"},
     "doctor": {"boot", "core", "host", "jail", "kvm"},
     "aio": {"guest", "machine", "sandbox"},
     "pool": {"core", "sandbox"},
     "pytest_plugin": {"core", "doctor", "kvm", "machine", "report", "sandbox"},
     "cli": {
-        "boot", "catalogue", "config", "console", "core", "doctor", "guest", "host", "jail", "kvm", "machine", "report",
-        "sandbox", "steward", "virtio",
+        "boot", "catalogue", "config", "console", "core", "doctor", "guest", "host", "jail", "kvm", "machine", "named",
+        "report", "sandbox", "steward", "virtio",
     },
 }  # fmt: skip
 FREE = {"__init__", "__main__", "_kvm_build", "_kvm_ioctls", "_virtqueue_build"}  # the facade, the command, the C

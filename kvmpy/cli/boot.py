@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from ..core.board import Reason, Stop
 from ..core.errors import ConfigError
 from ..core.events import EventLoop
 from ..core.log import LEVELS, log
+from ..core.units import parse_seconds
 from ..host import endpoint
 from ..host.tty import Key
 from ..machine import Machine
@@ -169,15 +169,6 @@ def tell_size(machine: Machine) -> None:
     with suppress(OSError):  # no terminal
         size = os.get_terminal_size(1)
         machine.resize_console(size.columns, size.lines)
-
-
-def parse_seconds(text: str | None) -> float | None:
-    """A time limit in seconds; raises ConfigError."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text, re.ASCII) or float(text) == 0:
-        raise ConfigError(f'invalid time limit "{text}"', "use seconds, e.g. 10 or 0.5")
-    return float(text)
 
 
 def open_endpoint(kind: str, path: Path | None, loop: EventLoop, console: Console, machine: Machine) -> Endpoint | None:

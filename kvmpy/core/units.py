@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes and times as people write them."""
 
 from __future__ import annotations
 
@@ -16,3 +16,12 @@ def parse_size(text: str | int) -> int:
     if match is None:
         raise ConfigError(f'invalid size "{text}"', "use e.g. 512M or 2G")
     return int(match[1]) << UNITS[match[2] or "M"]
+
+
+def parse_seconds(text: str | None) -> float | None:
+    """A time limit in seconds, None for none; raises ConfigError."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text, re.ASCII) or float(text) == 0:
+        raise ConfigError(f'invalid time limit "{text}"', "use seconds, e.g. 10 or 0.5")
+    return float(text)
