@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
 
 from .boot import cmdline, initrd, loader
 from .boot.spec import BootSpec, EntryPoint, Mode
@@ -25,6 +22,7 @@ from .core.log import log
 from .core.memory import GuestMemory
 from .core.outbox import Outbox
 from .core.pure import PURE
+from .core.typed import TYPE_CHECKING, Any, Self
 from .devices.acpi_ged import AcpiGed
 from .devices.acpi_pm import AcpiPm
 from .devices.boot_timer import BootTimer
@@ -64,6 +62,8 @@ ROOT, ROOT_TAG = "kvmpy.root=root", "root"
 EXIT_MARKER = r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z"  # guests/init.c
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .virtio.console import VirtioConsole
 
 MakeEndpoint = Callable[[EventLoop, Console], Endpoint | None]
@@ -298,13 +298,8 @@ class Machine:
 
             devices += [catalogue.make(text) for text in self.config.devices]
         if self.config.root is not None:
-            from .virtio.fs import Fs
-
-            devices.append(Fs(path=self.config.root, tag=ROOT_TAG, ro=True))
-        if self.config.volumes:
-            from .virtio.fs import Fs
-
-            devices += [Fs(path=volume.host, tag=tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
+            devices.append(_share(self.config.root, ROOT_TAG, ro=True))
+        devices += [_share(volume.host, tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
         for device in devices:
             device.attach(self.board)
 
@@ -392,11 +387,11 @@ class Machine:
         wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
         if self.config.root is not None:
             wanted.append("overlay")
-        modules_dir = self.config.modules_dir
+        modules_dir: str | Path | None = self.config.modules_dir
         if modules_dir is None and wanted:
             from .boot import kernels
 
-            modules_dir = kernels.modules_dir_for(Path(image.path))
+            modules_dir = kernels.modules_dir_for(image.path)
         if modules_dir is None:  # a kernel without modules has its drivers built in
             if self.board.modules:
                 _warn_of_missing_drivers(image, self.board.modules)
@@ -440,6 +435,8 @@ class Machine:
         """What the request means: a reset right after a panic message is a panic; a power-off right after a status on
         the console, which init writes where it may not use ports, gives that status; Linux does not halt unasked."""
         if stop.reason is Reason.POWEROFF and self.config.exec is not None:
+            import re
+
             marker = re.search(EXIT_MARKER, self.console.text)
             if marker:
                 return Stop(Reason.EXIT, f"status {marker[1]}", status=int(marker[1]))
@@ -459,10 +456,18 @@ class Machine:
         self.stop(Stop(Reason.ERROR, f"{type(error).__name__} in a device: {error}", cause=error))
 
 
-def _find_kernel() -> Path:
+def _share(folder: str, tag: str, *, ro: bool) -> Attachable:
+    from pathlib import Path  # not needed by most
+
+    from .virtio.fs import Fs
+
+    return Fs(path=Path(folder), tag=tag, ro=ro)
+
+
+def _find_kernel() -> str:
     from .boot import kernels  # not needed by those who name one
 
-    return kernels.find_kernel()
+    return str(kernels.find_kernel())
 
 
 def cpu_limit(kvm: Kvm) -> int:
@@ -490,7 +495,7 @@ def _warn_of_missing_drivers(image: loader.KernelImage, wanted: list[str]) -> No
     if missing:
         from .boot import kernels
 
-        folders = kernels.modules_dirs(Path(image.path))
+        folders = kernels.modules_dirs(image.path)
         none = f"there is no {' or '.join(map(str, folders))}" if folders else "it tells no version to find modules by"
         log.warning(
             f"kernel {image.path} has no {', '.join(missing)} built in, and {none}; "

@@ -6,15 +6,12 @@ On a terminal, Ctrl-a x quits and Ctrl-a h shows the other keys.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from types import FrameType, SimpleNamespace
 
 from ..config import MachineConfig
 from ..console import Console, Endpoint
@@ -22,11 +19,13 @@ from ..core.board import Reason, Stop
 from ..core.errors import ConfigError
 from ..core.events import EventLoop
 from ..core.log import LEVELS, log
+from ..core.typed import TYPE_CHECKING, Any
 from ..core.units import parse_seconds
 from ..host import endpoint
 from ..host.tty import Key
 from ..machine import Machine
 from . import settings, tell
+from .options import Option, switch
 
 if TYPE_CHECKING:
     from .locked import Lock
@@ -49,16 +48,16 @@ REPORTED = {Reason.TIMEOUT, Reason.PANIC, Reason.TRIPLE_FAULT, Reason.CRASH, Rea
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    settings.add_arguments(parser)
-    add = parser.add_argument
-    add("--json", action="store_true", help="print the outcome, console text included, as JSON")
-    add("-v", "--verbose", action="count", default=0, help="tell what is done and why; twice: every unmapped access")
-    add("--sandbox", metavar="LEVEL", default=OFF, help="how kvmpy locks itself in: strict, default or off (default)")
-    add("-q", "--quiet", action="store_true", help="no crash report")
+OPTIONS = (
+    *settings.OPTIONS,
+    switch("--json", help="print the outcome, console text included, as JSON"),
+    switch("-v", "--verbose", help="tell what is done and why; twice: every unmapped access", count=True),
+    Option(("--sandbox",), "how kvmpy locks itself in: strict, default or off (default)", "LEVEL", default=OFF),
+    switch("-q", "--quiet", help="no crash report"),
+)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: SimpleNamespace) -> int:
     if args.verbose:
         log.threshold = LEVELS["debug" if args.verbose > 1 else "info"]
     told = settings.of(args)
@@ -78,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def boot(
-    args: argparse.Namespace,
+    args: SimpleNamespace,
     config: MachineConfig,
     kind: str,
-    path: Path | None,
+    path: str | None,
     timeout: float | None,
     lock: Lock | None,
 ) -> int:
@@ -126,7 +125,7 @@ def make_lock(level: str, *, json: bool) -> Lock | None:
 
 
 def reports(
-    args: argparse.Namespace, machine: Machine, stop: Stop, lock: Lock | None
+    args: SimpleNamespace, machine: Machine, stop: Stop, lock: Lock | None
 ) -> tuple[str, dict[str, Any] | None]:
     """The crash report for people, and for --json, as far as they are wanted."""
     if lock is None:
@@ -171,7 +170,7 @@ def tell_size(machine: Machine) -> None:
         machine.resize_console(size.columns, size.lines)
 
 
-def open_endpoint(kind: str, path: Path | None, loop: EventLoop, console: Console, machine: Machine) -> Endpoint | None:
+def open_endpoint(kind: str, path: str | None, loop: EventLoop, console: Console, machine: Machine) -> Endpoint | None:
     """The host's end of the console, as --serial names it."""
     config = machine.config
 
@@ -198,9 +197,11 @@ def open_endpoint(kind: str, path: Path | None, loop: EventLoop, console: Consol
     if path is not None:
         if kind == "file":
             return endpoint.File(loop, path, console.sent)
-        from ..host.unix_socket import UnixSocket  # not needed by most
+        from pathlib import Path  # not needed by most
 
-        return UnixSocket(loop, path, console.received, console.sent)
+        from ..host.unix_socket import UnixSocket
+
+        return UnixSocket(loop, Path(path), console.received, console.sent)
     return None
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, KvmpyError
+from . import parser
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -49,20 +50,20 @@ def run(args: argparse.Namespace) -> int:
 def complete(verbs: dict[str, str], load: Callable[[str], ModuleType]) -> None:
     """Answer the shell, which has put what was typed into the environment, and end this process."""
     typed = os.environ.get("COMP_LINE", "").split()[1:2]
-    parser = argparse.ArgumentParser("kvmpy", add_help=False)
-    every = parser.add_subparsers()
+    whole = argparse.ArgumentParser("kvmpy", add_help=False)
+    every = whole.add_subparsers()
     for verb, text in verbs.items():
         of_verb = every.add_parser(verb, help=text)
         if [verb] == typed:
-            load(verb).add_arguments(of_verb)
+            parser.fill(of_verb, load(verb))
             for action in of_verb._actions:
                 action.completer = completer(verb, action)  # type: ignore[attr-defined]
-    _library().autocomplete(parser, always_complete_options=False)
+    _library().autocomplete(whole, always_complete_options=False)
 
 
 def completer(verb: str, action: argparse.Action) -> Completer:
     """What can stand where `action` takes a word."""
-    from argcomplete.completers import ChoicesCompleter, DirectoriesCompleter, FilesCompleter
+    from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 
     meaning = str(action.metavar or "").partition("[")[0].partition(":")[0]
     if action.dest in ("name", "names") and not action.option_strings:
@@ -70,21 +71,25 @@ def completer(verb: str, action: argparse.Action) -> Completer:
     if meaning in ("SRC", "DST"):
         return _places
     if meaning == "SHELL":
-        return ChoicesCompleter(SHELLS)
+        return _among(SHELLS)
     if action.nargs != 0 and action.dest in CHOICES:
         module, constant = CHOICES[action.dest]
-        return ChoicesCompleter(sorted(getattr(import_module(f"..{module}", __package__), constant)))
+        return _among(sorted(getattr(import_module(f"..{module}", __package__), constant)))
     if action.dest in OF_BOOT:
-        return ChoicesCompleter(OF_BOOT[action.dest])
+        return _among(OF_BOOT[action.dest])
     if meaning == "NAME" and action.dest == "env":
-        return ChoicesCompleter(sorted(os.environ))
+        return _among(sorted(os.environ))
     if meaning == "CMD" and action.nargs == argparse.REMAINDER:
         return _command_words
     if meaning in ("FILE", "KERNEL"):
         return FilesCompleter()
     if meaning in ("DIR", "WHAT", "HOST") and action.dest != "publish":
         return DirectoriesCompleter()
-    return ChoicesCompleter(())
+    return _among(())
+
+
+def _among(words: Iterable[str]) -> Completer:
+    return lambda **typed: list(words)
 
 
 def _machines(**typed: Any) -> dict[str, str]:

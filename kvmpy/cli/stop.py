@@ -7,11 +7,11 @@ at once, the machine ends, and what runs in it is killed. `kvmpy ps --all` still
 from __future__ import annotations
 
 import argparse
-import re
 import signal
 
 from .. import named
-from ..core.errors import ConfigError, HostError
+from ..core.errors import HostError
+from ..core.units import parse_seconds
 from ..named import Named
 from . import each
 
@@ -26,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", args.timeout, re.ASCII):
-        raise ConfigError(f'invalid time "{args.timeout}"', "use seconds, e.g. 10 or 0.5")
-    return each(args.names, lambda name: stop(named.find(name), float(args.timeout)))
+    timeout = parse_seconds(args.timeout, zero=True) or 0
+    return each(args.names, lambda name: stop(named.find(name), timeout))
 
 
 def stop(machine: Named, timeout: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from ..core.errors import ConfigError, HostError
 from ..core.events import EventLoop
@@ -88,7 +87,7 @@ class Stdio:
 class File:
     """Output only, into a file that is made or emptied."""
 
-    def __init__(self, loop: EventLoop, path: Path, sent: Sent) -> None:
+    def __init__(self, loop: EventLoop, path: str, sent: Sent) -> None:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY, 0o644)
         except OSError as error:
@@ -142,11 +141,11 @@ class Pty:
         os.close(self._slave)
 
 
-def parse(text: str) -> tuple[str, Path | None]:
+def parse(text: str) -> tuple[str, str | None]:
     """The kind and path in an option such as `file=PATH`; raises ConfigError."""
     kind, equals, path = text.partition("=")
     if kind in ("stdio", "null", "pty") and not equals:
         return kind, None
     if kind in ("file", "unix") and path:
-        return kind, Path(path)
+        return kind, path
     raise ConfigError(f'invalid console "{text}"', f"use {KINDS}")

@@ -7,7 +7,8 @@ import termios
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+
+from ..core.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from subprocess import Popen
