@@ -11,15 +11,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 
-from .boot import cmdline, initrd, loader
+from .boot import cmdline, loader
 from .boot.spec import BootSpec, EntryPoint, Mode
 from .config import MachineConfig
 from .console import BATCH, OUTPUT_LIMIT, Console, Endpoint
 from .core.board import Attachable, Reason, Stop
-from .core.errors import CannotRunKernels, ConfigError, HostError, ImageError
+from .core.errors import CannotRunKernels, ConfigError, ImageError
 from .core.events import EventLoop
 from .core.log import log
-from .core.memory import GuestMemory
 from .core.outbox import Outbox
 from .core.pure import PURE
 from .core.typed import TYPE_CHECKING, Any, Self
@@ -35,9 +34,9 @@ from .devices.postcode import PostCodes
 from .devices.pvpanic import Pvpanic
 from .devices.reset_control import ResetControl
 from .devices.serial import Serial
+from .foundation import Foundation
 from .kvm.fast import FastOutbox
 from .kvm.handle import Kvm, Vcpu
-from .kvm.probe import runs_ring0_natively
 from .kvm.state import Regs, Sregs
 from .mainboard import MainBoard
 from .vcpu import VcpuThread
@@ -73,12 +72,18 @@ class Machine:
     """A KVM virtual machine: `with Machine(kernel=..., mem="512M") as vm:` boots it; leaving the block ends it.
 
     Options are those of MachineConfig.of. Attach devices of your own with `add` before the start.
-    `endpoint` makes the host's end of the console; without one, output is only kept for `console`.
+    `endpoint` makes the host's end of the console; without one, output is only kept for `console`. Who has
+    something else to do before the start begins a `foundation` for the same configuration; the machine closes it.
     Raises ConfigError, ImageError, NotFoundError, HostError or KvmError, before the guest's first instruction.
     """
 
     def __init__(
-        self, config: MachineConfig | None = None, *, endpoint: MakeEndpoint | None = None, **options: Any
+        self,
+        config: MachineConfig | None = None,
+        *,
+        endpoint: MakeEndpoint | None = None,
+        foundation: Foundation | None = None,
+        **options: Any,
     ) -> None:
         self.config = config or MachineConfig.of(**options)
         self.stopped: Stop | None = None
@@ -93,6 +98,9 @@ class Machine:
         self._stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._undo = ExitStack()
         self._undo.callback(self._close_stop_event)
+        self._foundation = foundation
+        if foundation is not None:
+            self._undo.callback(foundation.close)
         self.loop = EventLoop("io", self._loop_failed)
         self._undo.callback(self.loop.stop)
         self._console_loop = EventLoop("console", self._loop_failed)
@@ -126,11 +134,15 @@ class Machine:
         each thread before it does anything, with its role: "loop" or "vcpu". See kvmpy.jail.
         """
         try:
+            if self._foundation is None:
+                self._foundation = Foundation(self.config)
+                self._undo.callback(self._foundation.close)
             image = loader.read_image(self.config.kernel or _find_kernel())
             linux = loader.plan(image, self.config.boot).protocol in LINUX_PROTOCOLS
-            self._create_vm()
-            if linux and not runs_ring0_natively(self.kvm):
-                raise CannotRunKernels()
+            self._foundation.await_it()
+            self.kvm, self.memory, self.vm = self._foundation.kvm, self._foundation.memory, self._foundation.vm
+            if linux:
+                _require_ring0(self.kvm)
             self._create_devices()
             self._create_vcpus()
             self._load(image, linux)
@@ -239,30 +251,6 @@ class Machine:
         return self.console.wait_for(pattern, timeout)
 
     # The steps of `start`.
-
-    def _create_vm(self) -> None:
-        """KVM, its fixed pages and controllers, and the guest's RAM."""
-        self.kvm = Kvm()
-        self._undo.callback(self.kvm.close)
-        self.kvm.require()
-        cpuid.check_cpus(self.config.cpus)
-        limit = cpu_limit(self.kvm)
-        if self.config.cpus > limit:
-            raise ConfigError(
-                f"{self.config.cpus} CPUs are more than this host's KVM takes", f"use --cpus {limit} or less"
-            )
-        _check_memory(self.config.mem)
-        self.memory = GuestMemory.allocate(layout.ram(self.config.mem))
-        self._undo.callback(self.memory.close)
-        self.vm = self.kvm.create_vm()
-        self._undo.callback(self.vm.close)
-        self.vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
-        self.vm.set_tss_addr(layout.KVM_TSS)
-        self.vm.create_irqchip()
-        self.vm.mask_pics()
-        self.vm.create_pit()
-        for slot, region in enumerate(self.memory.regions):
-            self.vm.set_memory(slot, region.gpa, region.buf)
 
     def _create_devices(self) -> None:
         """The board, the platform's devices and the user's."""
@@ -379,6 +367,8 @@ class Machine:
         if self.config.exec is not None and (self.config.initrd is not None or not linux):
             raise ConfigError("--exec needs Linux and the built-in initramfs", "leave --initrd out, or --exec")
         if self.config.initrd is not None:
+            from .boot import initrd
+
             return initrd.read(self.config.initrd, self.config.mem)
         if not linux:
             return b""
@@ -464,15 +454,17 @@ def _share(folder: str, tag: str, *, ro: bool) -> Attachable:
     return Fs(path=Path(folder), tag=tag, ro=ro)
 
 
+def _require_ring0(kvm: Kvm) -> None:
+    from .kvm.probe import runs_ring0_natively  # tiny guests get along without
+
+    if not runs_ring0_natively(kvm):
+        raise CannotRunKernels()
+
+
 def _find_kernel() -> str:
     from .boot import kernels  # not needed by those who name one
 
     return str(kernels.find_kernel())
-
-
-def cpu_limit(kvm: Kvm) -> int:
-    """How many vCPUs a machine can have on this host."""
-    return min(kvm.check("KVM_CAP_MAX_VCPUS"), kvm.check("KVM_CAP_MAX_VCPU_ID"))
 
 
 def _halted_for_good(thread: VcpuThread) -> bool:
@@ -500,13 +492,4 @@ def _warn_of_missing_drivers(image: loader.KernelImage, wanted: list[str]) -> No
         log.warning(
             f"kernel {image.path} has no {', '.join(missing)} built in, and {none}; "
             "give the folder of its modules with --modules-dir, or an --initrd that has them"
-        )
-
-
-def _check_memory(size: int) -> None:
-    """Refuse RAM that the host cannot have: the kernel's OOM killer gives no error message."""
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > host:
-        raise HostError(
-            f"{size >> 20} MiB of memory are more than the {host >> 20} MiB of this host", "use less with --mem"
         )

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
             if "_ARGCOMPLETE" in os.environ:
                 from .completion import complete
 
-                complete(VERBS, _load)
+                complete(VERBS, load)
             return _dispatch(argv)
         finally:
             sys.stdout.flush()  # here, where an error can still be told; argparse leaves its help unflushed
@@ -94,7 +94,7 @@ def _dispatch(argv: list[str]) -> int:
     verb = argv[0]
     if verb not in VERBS:
         raise ConfigError(f'no command "{verb}"', f"use one of {', '.join(VERBS)}")
-    module = _load(verb)
+    module = load(verb)
     args: Any = options.read(argv[1:], module.OPTIONS) if hasattr(module, "OPTIONS") else None
     if args is None:
         from . import parser
@@ -105,9 +105,9 @@ def _dispatch(argv: list[str]) -> int:
     return status
 
 
-def _load(verb: str) -> ModuleType:
-    """The verb's module. What modules leave is no garbage: looking for some among it takes a tenth of a start."""
-    name = f"{__name__}.{verb}"
+def load(name: str) -> ModuleType:
+    """A module of this package. Modules leave no garbage: looking for some among them takes a tenth of a start."""
+    name = f"{__name__}.{name}"
     gc.disable()
     try:
         __import__(name)  # importlib.import_module takes half a millisecond to load

@@ -26,10 +26,10 @@ from ..boot import files
 from ..config import MachineConfig
 from ..core.errors import ConfigError, NotFoundError
 from ..core.typed import Any
-from ..host import endpoint
 from .options import Option
 
 MAX_FILE = 1 << 20
+SERIAL = "stdio, null, pty, file=PATH or unix=PATH"
 DISK, NET = "virtio-blk", "virtio-net"
 LISTS = ("initrd", "append", "modules", "disks", "nets", "publish", "volumes", "devices")
 KEYS = (
@@ -60,7 +60,7 @@ OPTIONS = (
     Option(("--publish",), "a port of a --net user", "[IP:]HOST:GUEST[/udp]", many=True),
     Option(("--volume",), "a folder of the host in the guest", "HOST:GUEST[:ro]", "volumes", many=True),
     Option(("--device",), "a device, or FILE.py:CLASS of your own", "NAME[,OPTION=...]", "devices", many=True),
-    Option(("--serial",), f"where the console ends: {endpoint.KINDS} (default stdio)", "WHERE"),
+    Option(("--serial",), f"where the console ends: {SERIAL} (default stdio)", "WHERE"),
     Option(("--timeout",), "stop after S seconds, with status 124", "S"),
 )
 
@@ -135,6 +135,16 @@ def command(text: str | None) -> str | None:
     from ..boot.initramfs import read_command
 
     return read_command(text)
+
+
+def parse_serial(text: str) -> tuple[str, str | None]:
+    """The kind and path in a value of --serial; raises ConfigError."""
+    kind, equals, path = text.partition("=")
+    if kind in ("stdio", "null", "pty") and not equals:
+        return kind, None
+    if kind in ("file", "unix") and path:
+        return kind, path
+    raise ConfigError(f'invalid console "{text}"', f"use {SERIAL}")
 
 
 # The file.

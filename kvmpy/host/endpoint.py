@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from ..core.errors import ConfigError, HostError
+from ..core.errors import HostError
 from ..core.events import EventLoop
 from .stream import Reader, Writer
 from .tty import HELP, EscapeKeys, Key, RawTerminal, is_ours
@@ -15,7 +15,6 @@ Received = Callable[[bytes], None]
 Sent = Callable[[int], None]
 
 END_PERIOD = 1.0  # seconds
-KINDS = "stdio, null, pty, file=PATH or unix=PATH"
 
 
 class Stdio:
@@ -139,13 +138,3 @@ class Pty:
         self._reader.pause()
         os.close(self._master)
         os.close(self._slave)
-
-
-def parse(text: str) -> tuple[str, str | None]:
-    """The kind and path in an option such as `file=PATH`; raises ConfigError."""
-    kind, equals, path = text.partition("=")
-    if kind in ("stdio", "null", "pty") and not equals:
-        return kind, None
-    if kind in ("file", "unix") and path:
-        return kind, path
-    raise ConfigError(f'invalid console "{text}"', f"use {KINDS}")
