@@ -21,7 +21,7 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,14 @@ class Claim:
         """This process is the owner."""
         self.note(pid=os.getpid(), process_started=start_of(os.getpid()))
 
+    def is_found(self) -> bool:
+        """Whether others can find the machine that is held: its folder may be gone, as a session's XDG_RUNTIME_DIR is
+        at its end. True when it is held no more."""
+        try:
+            return self._lock < 0 or os.path.samestat(os.fstat(self._lock), (self.folder / LOCK).stat())
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Let go of the name; the folder stays, with what was noted."""
         if self._lock >= 0:
@@ -255,14 +263,14 @@ def start_of(pid: int) -> int | None:
 def _seen(name: str) -> Named:
     folder = base() / name
     is_alive = _is_locked(folder)  # before the facts: an owner writes its last ones, then ends
-    facts: Mapping[str, Any] = {}
-    with suppress(OSError, ValueError):
-        facts = json.loads((folder / FACTS).read_bytes())
+    facts: Facts = {}
+    with suppress(OSError, ValueError, TypeError):
+        facts = dict(json.loads((folder / FACTS).read_bytes()))
     if is_alive:
         state = RUNNING if facts.get("running") else STARTING
     else:
         state = EXITED if facts.get("status") is not None else LOST
-    return Named(name, state, dict(facts))
+    return Named(name, state, facts)
 
 
 def _is_locked(folder: Path) -> bool:

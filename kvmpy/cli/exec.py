@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> int:
     machine = named.find(args.name)
     machine.must_run()
     told = machine.facts
-    environment = told.get("env", {}) | command.variables(args.env)
+    environment = told.get("env", {}) | command.with_terminal(command.variables(args.env), tty=args.tty)
     relay.starting()
     with Agent(machine).popen(
         words,
-        env=command.with_terminal(environment, tty=args.tty),
+        env=environment,
         cwd=told.get("cwd", "") if args.workdir is None else str(PurePosixPath("/", told.get("cwd", ""), args.workdir)),
         user=told.get("user", "") if args.user is None else args.user,
         **command.streams(tty=args.tty),

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from . import command, relay, run, tell
 
 CONSOLE_KEPT = 1 << 20  # bytes
 ENDED_ORDERLY = (Reason.QUIT, Reason.POWEROFF, Reason.RESET, Reason.HALT)
+WATCH_SECONDS = 2.0  # between two looks whether the machine's folder is still there
 READY = b"ready"  # what the parent is told
 KILLED = 128 + signal.SIGKILL
 
@@ -114,26 +116,20 @@ class _Owner:
 
     def live(self) -> int:
         """All of its life; its exit status, which nobody wants to know."""
-        self._leave_home()
         claim = self._claim
-        claim.note_owner()
         ended: dict[str, Any] = {"why": "its owner has failed"}
         try:
+            self._leave_home()
+            claim.note_owner()
+            threading.Thread(target=self._watch, name="kvmpy-watch", daemon=True).start()
             ended = self._own()
         except KvmpyError as error:
-            if self._tells >= 0:
-                claim.drop()
-                self._answer(json.dumps({"text": str(error), "status": error.status}).encode())
-                return error.status
-            ended = {"status": error.status, "why": str(error)}
+            ended = self._failed(str(error), error.status)
             if isinstance(error, GuestLost):
                 del ended["status"]
                 tell(error.report)
         except SystemExit as signalled:  # before there was a command to be told
-            if self._tells >= 0:
-                claim.drop()
-            ended = {"status": signalled.code}
-            raise
+            ended = self._failed(f'machine "{claim.name}" was stopped at its start', int(signalled.code or 0))
         except BaseException:
             traceback.print_exc()
             raise
@@ -142,6 +138,22 @@ class _Owner:
                 claim.note(ended=time.time(), **ended)
             claim.close()
         return 0
+
+    def _failed(self, text: str, status: int) -> dict[str, Any]:
+        """What is to be remembered; nothing of a machine that has never run: then the parent is told."""
+        if self._tells >= 0:
+            self._claim.drop()
+            self._answer(json.dumps({"text": text, "status": status}).encode())
+        return {"status": status, "why": text}
+
+    def _watch(self) -> None:
+        """End a machine that nobody can find any more, since its folder has gone."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
+            time.sleep(WATCH_SECONDS)
+            if not self._claim.is_found():
+                os.kill(os.getpid(), signal.SIGHUP)
+                return
 
     def _own(self) -> dict[str, Any]:
         """Own a machine until it ends; what is to be remembered of that."""

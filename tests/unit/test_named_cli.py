@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,26 @@ def test_whoever_waits_for_the_start_can_end_it(kvmpy: Kvmpy, tmp_path: Path, mo
     assert process.returncode == 130
     assert refused.stderr == 'kvmpy: machine "job" is starting; try again\n'
     assert named.all_of() == []
+
+
+def test_a_machine_that_starts_is_stopped(kvmpy: Kvmpy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPY_TEST_START", str(tmp_path / "never"))
+    process = start("run", "-d", "--name", "job")
+    wait_for(lambda: any(machine.facts.get("created") for machine in named.all_of()))
+
+    assert kvmpy("stop", "job") == (0, "", "")
+    assert process.communicate(timeout=LIMIT) == ("", 'kvmpy: machine "job" was stopped at its start\n')
+    assert process.returncode == 143
+    assert named.all_of() == []
+
+
+def test_a_machine_that_nobody_can_find_ends(kvmpy: Kvmpy, tmp_path: Path, base: Path) -> None:
+    kvmpy("run", "-d", "--name", "job", "--volume", f"{tmp_path}:/x")
+    pid = named.find("job").facts["pid"]
+
+    shutil.rmtree(base)
+
+    assert has_ended(pid)
 
 
 def test_a_reader_of_the_name_gets_the_end_of_it() -> None:
