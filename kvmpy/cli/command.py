@@ -12,13 +12,13 @@ from ..core.errors import ConfigError
 from . import relay
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """How the command is to run."""
+def add_options(parser: argparse.ArgumentParser, *, workdir: str, user: str) -> None:
+    """How the command is to run; where, and by whom, when that is not said."""
     add = parser.add_argument
     env = "a variable; without a value, as it is here (repeatable)"
     add("-e", "--env", metavar="NAME[=VALUE]", action="append", default=[], help=env)
-    add("-w", "--workdir", metavar="DIR", help="working directory")
-    add("-u", "--user", metavar="USER[:GROUP]", help="who runs the command (default root)")
+    add("-w", "--workdir", metavar="DIR", help=f"working directory (default: {workdir})")
+    add("-u", "--user", metavar="USER[:GROUP]", help=f"who runs the command (default: {user})")
     add("--timeout", metavar="S", help="kill the command after S seconds, with status 124")
 
 

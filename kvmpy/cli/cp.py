@@ -23,7 +23,7 @@ from ..guest.files import Files
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SRC", help="a path, or NAME:PATH")
-    add("target", metavar="DST", help="a path, or NAME:PATH, of which one at least is")
+    add("target", metavar="DST", help="the same; one of the two is in a machine")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from . import command, relay
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    command.add_options(parser)
+    command.add_options(parser, workdir="the machine's", user="the machine's")
     command.add_terminal(parser)
     add = parser.add_argument
     add("name", metavar="NAME", help="the machine, as `kvmpy ps` has it")

@@ -50,8 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-n", "--net", metavar="KIND", default=NONE, help="none (default) or user: out through this host")
     publish = "a port of the host for one of the guest, with --net user (repeatable)"
     add("-p", "--publish", metavar="[IP:]HOST:GUEST[/udp]", action="append", default=[], help=publish)
-    add("--name", metavar="NAME", help="for `kvmpy exec`, `cp`, `logs`, `ps`, `stop`, `wait` and `rm`")
-    command.add_options(parser)
+    add("--name", metavar="NAME", help="by which `kvmpy exec`, `cp`, `logs`, `stop`, `wait` and `rm` find the machine")
+    command.add_options(parser, workdir="with --root host the current one", user="root")
     parser.set_defaults(detach=False, json=None)
 
 
