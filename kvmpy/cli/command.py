@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from subprocess import PIPE
 from typing import Any
 
@@ -57,10 +56,3 @@ def streams(*, tty: bool, stdin: bool = True) -> dict[str, Any]:
     if tty:
         return {"tty": relay.terminal_size()}
     return {"stdin": PIPE if stdin else None, "stdout": PIPE, "stderr": PIPE}
-
-
-def shown(command: Sequence[str]) -> str:
-    """On one line, as it could be typed."""
-    from shlex import join
-
-    return join(command)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from shlex import join
 from typing import Any
 
 from .. import named
 from ..core.text import escaped
 from ..named import EXITED, Named
-from . import command
 
 COLUMNS = ("NAME", "STATE", "SINCE", "CPUS", "MEM", "COMMAND")
 PERIODS = ((86400, "d"), (3600, "h"), (60, "min"), (0, "s"))
@@ -56,7 +56,7 @@ def _row(machine: Named) -> tuple[str, ...]:
         "" if since is None else _period(time.time() - since),
         str(facts.get("cpus", "")),
         f"{facts['mem'] >> 20}M" if "mem" in facts else "",
-        escaped(command.shown(facts.get("command", []))),
+        escaped(join(facts.get("command", []))),
     )
 
 

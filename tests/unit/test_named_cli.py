@@ -376,3 +376,12 @@ def test_all_are_tried(kvmpy: Kvmpy) -> None:
     ]
     assert kvmpy("rm", "--force", "b") == (0, "", "")
     assert named.all_of() == []
+
+
+@pytest.mark.parametrize("verb", ["exec", "ps", "cp", "logs", "wait", "stop", "rm"])
+def test_what_has_no_machine_of_its_own_loads_none(verb: str) -> None:
+    program = f"import sys, kvmpy.cli.{verb}; print(*sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT, check=True)
+
+    assert {"kvmpy.machine", "kvmpy.sandbox", "kvmpy.cli.run"} & set(done.stdout.split()) == set()
