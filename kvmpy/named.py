@@ -2,7 +2,7 @@
 
     $XDG_RUNTIME_DIR/kvmpy/NAME/        else /run/kvmpy/NAME for root, /run/user/UID/kvmpy/NAME, /tmp/kvmpy-UID/NAME
         lock       locked by the process that owns the machine for as long as it lives, however it ends
-        facts      what the machine is and how it has ended, as JSON
+        facts      what the machine is and how it has ended: JSON objects, a line each, of which later ones count
         vsock      a UNIX socket for connections to ports of the guest, its agent's among them (host/vsocket.py)
         output     what the command has written, as DATA frames of the agent's protocol (guests/PROTOCOL.md); output.old
         console    what the guest's console has said; console.old
@@ -14,6 +14,7 @@ is gone; its folder is all that is left, and the next owner of the name takes it
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -133,28 +134,25 @@ class Named(Record):
 class Claim:
     """The owner's hold on a name, from `claim` until `close`, or until the process ends.
 
-    A child of the process that has it holds the name as well.
+    A child of the process that has it holds the name as well. Nothing is opened after `claim`: a process that has
+    locked itself in can still note what happens.
     """
 
-    def __init__(self, name: str, lock: int) -> None:
+    def __init__(self, name: str, lock: int, facts: int) -> None:
         self.name = name
         self.folder = base() / name
-        self._lock = lock
-        self._facts: Facts = {}
+        self._lock, self._facts = lock, facts
 
     def note(self, **facts: Any) -> None:
         """Add to what others see of the machine, as long as the name is held; raises HostError."""
         if self._lock < 0:
             return
-        self._facts |= facts
-        whole = self.folder / FACTS
-        new = whole.with_suffix(".new")
+        line = json.dumps(facts).encode() + b"\n"
         try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
-                json.dump(self._facts, file)
-            new.replace(whole)
+            if os.write(self._facts, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise HostError(f'cannot write "{whole}": {error.strerror}', "make room for it") from None
+            raise HostError(f'cannot write "{self.folder / FACTS}": {error.strerror}', "make room for it") from None
 
     def note_owner(self) -> None:
         """This process is the owner."""
@@ -171,15 +169,9 @@ class Claim:
     def close(self) -> None:
         """Let go of the name; the folder stays, with what was noted."""
         if self._lock >= 0:
+            os.close(self._facts)
             os.close(self._lock)
             self._lock = -1
-
-    def drop(self) -> None:
-        """Let go of the name, and forget the machine."""
-        if self._lock >= 0:
-            with _registry():
-                _wipe(self.folder)
-            self.close()
 
 
 def claim(name: str | None) -> Claim:
@@ -206,7 +198,12 @@ def claim(name: str | None) -> Claim:
             raise ConfigError(f'the name "{name}" is in use', f"`kvmpy stop {name}` ends that machine")
         filelock.lock(lock, f'"{folder}"', exclusive=True)
         _wipe(folder, keep=LOCK)
-    return Claim(name, lock)
+        try:
+            facts = os.open(folder / FACTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_EXCL, 0o600)
+        except OSError as error:
+            os.close(lock)
+            raise HostError(f'cannot make "{folder / FACTS}": {error.strerror}', "make room for it") from None
+    return Claim(name, lock, facts)
 
 
 def find(name: str) -> Named:
@@ -265,7 +262,8 @@ def _seen(name: str) -> Named:
     is_alive = _is_locked(folder)  # before the facts: an owner writes its last ones, then ends
     facts: Facts = {}
     with suppress(OSError, ValueError, TypeError):
-        facts = dict(json.loads((folder / FACTS).read_bytes()))
+        for line in (folder / FACTS).read_bytes().split(b"\n")[:-1]:
+            facts |= json.loads(line)
     if is_alive:
         state = RUNNING if facts.get("running") else STARTING
     else:

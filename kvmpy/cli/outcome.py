@@ -30,6 +30,8 @@ class Outcome:
 
     def __enter__(self) -> Self:
         if self._path is not None:
+            import json  # noqa: F401 - now: a process that is locked in loads nothing any more
+
             try:
                 self._file = open(self._path, "w")
             except OSError as error:

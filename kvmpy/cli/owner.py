@@ -29,23 +29,44 @@ from ..host.recent import Recent
 from ..named import CONSOLE, OUTPUT, OWNER, SOCKET, Claim
 from ..sandbox import Sandbox
 from . import command, relay, run, tell
+from .outcome import Outcome
 
 CONSOLE_KEPT = 1 << 20  # bytes
 ENDED_ORDERLY = (Reason.QUIT, Reason.POWEROFF, Reason.RESET, Reason.HALT)
 WATCH_SECONDS = 2.0  # between two looks whether the machine's folder is still there
-READY = b"ready"  # what the parent is told
 KILLED = 128 + signal.SIGKILL
 
 
 @contextmanager
-def holding(name: str) -> Iterator[Claim]:
-    """The name, as long as the block runs; nothing is left of it afterwards: who has started it knows how it ended."""
+def holding(name: str, outcome: Outcome) -> Iterator[Claim]:
+    """The name, as long as the block runs in the foreground."""
     claim = named.claim(name)
+    ended = {"why": "its owner has failed"}
     try:
         claim.note_owner()
         yield claim
+        ended = how_it_ended(outcome.status, outcome.error)
+    except KvmpyError as error:
+        ended = how_it_ended(error.status, error)
+        raise
+    except SystemExit as signalled:
+        ended = how_it_ended(int(signalled.code or 0))
+        raise
     finally:
-        claim.drop()
+        remember(claim, ended)
+
+
+def how_it_ended(status: int, error: KvmpyError | None = None) -> dict[str, Any]:
+    """What is to be remembered: a machine that is lost has no status."""
+    why = {} if error is None else {"why": str(error)}
+    return why if isinstance(error, GuestLost) else {"status": status} | why
+
+
+def remember(claim: Claim, ended: dict[str, Any]) -> None:
+    """Note the end of the machine, and let go of its name."""
+    with suppress(KvmpyError):  # no room: then it is lost
+        claim.note(ended=time.time(), **ended)
+    claim.close()
 
 
 def ends(claim: Claim) -> dict[str, Any]:
@@ -92,24 +113,30 @@ def in_background(args: argparse.Namespace, words: list[str]) -> int:
     try:
         with progress.working("starting a machine"), open(told, "rb") as answers:
             answer = answers.read()
-        if answer == READY:
-            print(claim.name)
-            return 0
     except BaseException:  # a signal: for both
         os.kill(child, signal.SIGTERM)
-        os.waitpid(child, 0)
+        _forget(child, claim.name)
         raise
-    os.waitpid(child, 0)
     if not answer:
-        log = claim.folder / OWNER
-        raise HostError(f'the owner of machine "{claim.name}" has died', f"see {log}")
+        raise HostError(f'the owner of machine "{claim.name}" has died', f"see {claim.folder / OWNER}")
     error = json.loads(answer)
+    if not error:
+        print(claim.name)
+        return 0
+    _forget(child, claim.name)
     tell(f"kvmpy: {error['text']}")
     return int(error["status"])
 
 
+def _forget(child: int, name: str) -> None:
+    """Nothing of a machine that has not started is to be left."""
+    os.waitpid(child, 0)
+    with suppress(KvmpyError):  # it is another one's already
+        named.find(name).remove()
+
+
 class _Owner:
-    """The child. It says `ready`, or what was wrong, through the pipe `tells`."""
+    """The child. It says through the pipe `tells` that all is well, or what is not."""
 
     def __init__(self, args: argparse.Namespace, words: list[str], claim: Claim, tells: int) -> None:
         self._args, self._words, self._claim, self._tells = args, words, claim, tells
@@ -121,30 +148,22 @@ class _Owner:
         try:
             self._leave_home()
             claim.note_owner()
-            threading.Thread(target=self._watch, name="kvmpy-watch", daemon=True).start()
             ended = self._own()
         except KvmpyError as error:
-            ended = self._failed(str(error), error.status)
+            ended = how_it_ended(error.status, error)
+            self._answer({"text": str(error), "status": error.status})
             if isinstance(error, GuestLost):
-                del ended["status"]
                 tell(error.report)
         except SystemExit as signalled:  # before there was a command to be told
-            ended = self._failed(f'machine "{claim.name}" was stopped at its start', int(signalled.code or 0))
+            status = int(signalled.code or 0)
+            ended = how_it_ended(status)
+            self._answer({"text": f'machine "{claim.name}" was stopped at its start', "status": status})
         except BaseException:
             traceback.print_exc()
             raise
         finally:
-            with suppress(KvmpyError):  # no room: then it is lost
-                claim.note(ended=time.time(), **ended)
-            claim.close()
+            remember(claim, ended)
         return 0
-
-    def _failed(self, text: str, status: int) -> dict[str, Any]:
-        """What is to be remembered; nothing of a machine that has never run: then the parent is told."""
-        if self._tells >= 0:
-            self._claim.drop()
-            self._answer(json.dumps({"text": text, "status": status}).encode())
-        return {"status": status, "why": text}
 
     def _watch(self) -> None:
         """End a machine that nobody can find any more, since its folder has gone."""
@@ -152,7 +171,7 @@ class _Owner:
         while True:
             time.sleep(WATCH_SECONDS)
             if not self._claim.is_found():
-                os.kill(os.getpid(), signal.SIGHUP)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGHUP)
                 return
 
     def _own(self) -> dict[str, Any]:
@@ -160,14 +179,15 @@ class _Owner:
         args = self._args
         timeout = parse_seconds(args.timeout)
         sandbox = run.make_sandbox(args, self._words, self._claim, tty=args.tty)
-        with sandbox:
+        log = Recent(self._claim.folder / OUTPUT)
+        with run.started(args, sandbox):
+            threading.Thread(target=self._watch, name="kvmpy-watch", daemon=True).start()
             if not self._words:
                 return self._wait(sandbox)
             streams = command.streams(tty=args.tty, stdin=False)
             with sandbox.popen(*self._words, **streams) as process:
-                log = Recent(self._claim.folder / OUTPUT)
                 self._ready()
-                return {"status": Keeper(process, log).run(timeout)}
+                return how_it_ended(Keeper(process, log).run(timeout))
 
     def _wait(self, sandbox: Sandbox) -> dict[str, Any]:
         """Until somebody ends a machine that has no command."""
@@ -181,20 +201,21 @@ class _Owner:
         stop = sandbox.wait()
         assert stop is not None
         if stop.reason in ENDED_ORDERLY:
-            return {"status": 0}
+            return how_it_ended(0)
         tell(sandbox.report)
         return {"why": str(stop)}
 
     def _ready(self) -> None:
         self._claim.note(running=True)
-        os.chdir("/")
-        self._answer(READY)
+        self._answer({})
 
-    def _answer(self, what: bytes) -> None:
-        with suppress(BrokenPipeError):  # whoever has started it was killed
-            os.write(self._tells, what)
-        os.close(self._tells)
-        self._tells = -1
+    def _answer(self, error: dict[str, Any]) -> None:
+        """Tell the parent, once: nothing went wrong, or what."""
+        if self._tells >= 0:
+            with suppress(BrokenPipeError):  # it was killed
+                os.write(self._tells, json.dumps(error).encode())
+            os.close(self._tells)
+            self._tells = -1
 
     def _leave_home(self) -> None:
         """A session of its own, and nothing of the one who has started it."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, GuestLost
@@ -75,7 +77,7 @@ def execute(args: argparse.Namespace, words: list[str], *, tty: bool) -> int:
         else:
             from .owner import holding
 
-            with holding(args.name) as claim:
+            with holding(args.name, outcome) as claim:
                 outcome.status = attended(args, words, outcome, claim, tty=tty)
         return outcome.status
 
@@ -87,7 +89,7 @@ def attended(
     timeout = parse_seconds(args.timeout)
     outcome.sandbox = sandbox = make_sandbox(args, words, claim, tty=tty)
     try:
-        with sandbox, sandbox.popen(*words, **command.streams(tty=tty)) as process:
+        with started(args, sandbox), sandbox.popen(*words, **command.streams(tty=tty)) as process:
             outcome.process = process
             if claim is not None:
                 claim.note(running=True)
@@ -125,6 +127,13 @@ def make_sandbox(args: argparse.Namespace, words: list[str], claim: Claim | None
 
         describe(claim, args, words, sandbox)
     return sandbox
+
+
+@contextmanager
+def started(args: argparse.Namespace, sandbox: Sandbox) -> Iterator[None]:
+    """The machine runs, as long as the block does."""
+    with sandbox:
+        yield
 
 
 def working_directory(root: str) -> str:

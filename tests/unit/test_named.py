@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -191,13 +192,26 @@ def test_a_child_of_the_owner_holds_the_name() -> None:
 
 def test_what_is_let_go_of_is_not_changed_any_more() -> None:
     first = named.claim("web")
-    first.drop()
+    first.close()
     named.claim("web")
 
     first.note(status=1)
-    first.drop()
+    first.close()
 
     assert named.find("web").facts == {}
+    assert named.find("web").is_alive
+
+
+def test_a_folder_that_has_gone(base: Path) -> None:
+    claim = named.claim("web")
+    found = claim.is_found()
+
+    shutil.rmtree(base)
+
+    assert found
+    assert not claim.is_found()
+    claim.close()
+    assert claim.is_found()
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o720])
@@ -223,9 +237,17 @@ def test_a_folder_that_cannot_be(base: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_facts_that_are_damaged(base: Path) -> None:
     named.claim("web").close()
-    (base / "web/facts").write_bytes(b'{"status": 1')
+    (base / "web/facts").write_bytes(b'{"pid": 7}\n{"status": 1')
 
-    assert named.find("web").state == "lost"
+    assert (named.find("web").state, named.find("web").facts) == ("lost", {"pid": 7})
+
+
+def test_no_room_for_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = named.claim("web")
+    monkeypatch.setattr(os, "write", lambda fd, data: len(data) - 1)
+
+    with pytest.raises(HostError, match=r"cannot write .*facts\": No space left on device; make room for it"):
+        claim.note(status=1)
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,8 @@ def test_a_machine_in_the_foreground(kvmpy: Kvmpy, tmp_path: Path) -> None:
     process.communicate("\n", LIMIT)
 
     assert process.returncode == 6
-    assert kvmpy("ps", "--all", "--json").stdout == "[]\n"
+    assert kvmpy("wait", "job").status == 6
+    assert "exited 6" in kvmpy("ps", "--all").stdout
 
 
 def test_a_machine_in_the_foreground_is_stopped(kvmpy: Kvmpy, tmp_path: Path) -> None:
@@ -295,6 +296,7 @@ def test_a_machine_in_the_foreground_is_stopped(kvmpy: Kvmpy, tmp_path: Path) ->
     assert kvmpy("stop", "job").status == 0
     assert process.communicate(timeout=LIMIT) == ("", "")
     assert process.returncode == 143
+    assert kvmpy("wait", "job").status == 143
 
 
 def test_whoever_waits_for_the_start_can_end_it(kvmpy: Kvmpy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
