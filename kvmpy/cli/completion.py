@@ -130,5 +130,5 @@ def _library() -> Any:
     try:
         import argcomplete
     except ImportError:
-        raise ConfigError("completion needs argcomplete", "pip install 'kvmpy[completion]'") from None
+        raise ConfigError("completion needs argcomplete", "pip install argcomplete") from None
     return argcomplete

@@ -52,6 +52,9 @@ def holding(name: str, outcome: Outcome) -> Iterator[Claim]:
     except SystemExit as signalled:
         ended = how_it_ended(int(signalled.code or 0))
         raise
+    except KeyboardInterrupt:
+        ended = how_it_ended(128 + signal.SIGINT)
+        raise
     finally:
         remember(claim, ended)
 
