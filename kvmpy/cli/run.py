@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import ConfigError, GuestLost
 from ..core.text import printable
 from ..core.units import parse_seconds
+from ..kvm.handle import explain_bus_errors
 from ..sandbox import HOST, NONE, Sandbox
 from . import command, relay, tell
 from .outcome import Outcome
@@ -132,6 +133,7 @@ def make_sandbox(args: argparse.Namespace, words: list[str], claim: Claim | None
 @contextmanager
 def started(args: argparse.Namespace, sandbox: Sandbox) -> Iterator[None]:
     """The machine runs, as long as the block does."""
+    explain_bus_errors()
     with sandbox:
         yield
 
