@@ -69,6 +69,8 @@ class Lock:
 
 def _preload(*, with_json: bool) -> None:
     """Load what is loaded when it is needed: nothing can be, soon."""
+    import re  # noqa: F401 - for messages
+
     null()
     if with_json:
         import json  # noqa: F401

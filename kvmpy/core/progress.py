@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -44,6 +43,8 @@ def working(title: str) -> Iterator[None]:
 
 
 def _tell(title: str, done: threading.Event) -> None:
+    import signal
+
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     begin = time.monotonic()
     wait = PATIENCE

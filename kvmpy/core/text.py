@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import re
+from .typed import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import re
 
 # ECMA-48, 5.4, 5.6 and 5.5: control sequences (colours, cursor), control strings (titles), other escape sequences.
 # Patterns are compiled when they are used: that takes longer than loading a module.
@@ -12,11 +15,15 @@ UNUSUAL = r"[^\n -~]"
 
 def printable(text: str) -> str:
     """`text` as a terminal would leave it: without escape sequences and carriage returns, tabs expanded; `escaped`."""
+    import re
+
     return escaped(re.sub(ESCAPES, "", text).replace("\r", "").expandtabs())
 
 
 def escaped(text: str) -> str:
     """`text` with characters that do not print as themselves shown as `\\x..`, newlines excepted."""
+    import re
+
     return re.sub(UNUSUAL, _shown, text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,7 @@ LANDLOCK_CREATE_RULESET_VERSION = 1
 
 # What a Landlock ABI adds to what can be forbidden: (first ABI, file system, network, scopes). All of it is.
 LANDLOCK = ((1, 0x1FFF, 0, 0), (2, 0x2000, 0, 0), (3, 0x4000, 0, 0), (4, 0, 3, 0), (5, 0x8000, 0, 0), (6, 0, 0, 3))
+LEAVING = 1000  # milliseconds
 SPARE_FILES = 1024  # descriptors that may be opened in addition: doorbells and vectors of drivers, clients of sockets
 
 Enter = Callable[[str], None]  # called on a thread when it starts, with its role: see policy.ROLES
@@ -122,6 +124,10 @@ def _limits(*, files: bool) -> str:
 
 def _empty_world() -> str:
     """Namespaces of our own, with nothing in them; a step for a process of one thread."""
+    for _ in range(LEAVING):  # what Python has joined may not have left the process yet
+        if len(os.listdir("/proc/self/task")) == 1:
+            break
+        time.sleep(0.001)
     user, group = os.geteuid(), os.getegid()
     flags = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     _call("user namespaces", UNSHARE, flags)
