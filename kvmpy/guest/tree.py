@@ -147,7 +147,11 @@ class Unpacker:
 
 
 def _check_link(name: bytes, target: bytes) -> None:
-    """Raises GuestError for a link that leads out of the tree, or that has no target."""
-    inside = os.path.normpath(os.path.join(os.path.dirname(name), target))  # noqa: PTH118, PTH120 (bytes)
-    if not target or target.startswith(b"/") or inside == b".." or inside.startswith(b"../"):
+    """Raises GuestError for a link that leads out of the tree, or that has no target.
+
+    Steps up come first, where they are counted: behind the name of another link they would begin where that one leads.
+    """
+    steps = [step for step in target.split(b"/") if step not in (b"", b".")]
+    down = next((n for n, step in enumerate(steps) if step != b".."), len(steps))
+    if not target or target.startswith(b"/") or down > name.count(b"/") or b".." in steps[down:]:
         raise GuestError(f"in the guest, the link {name!r} leads out of what is copied, to {target!r}; it is refused")
