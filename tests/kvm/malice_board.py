@@ -152,7 +152,7 @@ def junk() -> Iterator[Guest]:
     for reset in ("mov $0xfe, %al\nout %al, $0x64", "mov $6, %al\nmov $0xcf9, %dx\nout %al, %dx"):
         text = f"mov $0x3f8, %dx\nmov ${BUFFERS}, %esi\nmov ${len(panic)}, %ecx\nrep outsb\n{reset}\ncli\nhlt"
         yield Guest(
-            f"panic-text-{len(reset)}", text, memory={BUFFERS: panic}, seconds=5, ends=frozenset({Reason.PANIC})
+            f"panic-text-{len(reset)}", text, memory={BUFFERS: panic}, seconds=30, ends=frozenset({Reason.PANIC})
         )
 
 
@@ -222,7 +222,7 @@ def sweep(verb: str, size: int, value: int) -> Guest:
     }[verb]
     loop = f"mov FIRST, %ebx\n1: mov %ebx, NEXT_PORT\nmov %ebx, %edx\n{body}\nadd STRIDE, %ebx\ncmp LAST, %ebx\njb 1b"
     end = "movl $0x10000, NEXT_PORT\ncli\nhlt"
-    return Guest(f"{verb}-{size}-{value:x}", f"long_mode\n{loop}\n{end}", seconds=20)
+    return Guest(f"{verb}-{size}-{value:x}", f"long_mode\n{loop}\n{end}", seconds=90)
 
 
 def part(guest: Guest, value: int, first: int, last: int, stride: int) -> Guest:

@@ -36,11 +36,11 @@ STOPS = frozenset({Reason.TRIPLE_FAULT, Reason.CRASH, Reason.TIMEOUT, Reason.HAL
 def faults() -> Iterator[Guest]:
     """Guests whose processor cannot go on, or only goes on failing."""
     no_idt = "lidt 4f(%rip)\nud2\n.balign 8\n4: .zero 16"
-    yield Guest("triple-long-no-idt", no_idt, ends=STOPS)
+    yield Guest("triple-long-no-idt", no_idt, seconds=30, ends=STOPS)
     yield Guest(
         "triple-real-no-ivt", "lidt 0x7c40\nmov %cr0, %eax\nor $1, %al\nmov %eax, %cr0\nud2", "real", ends=STOPS
     )
-    yield Guest("triple-protected-no-idt", "ud2", "protected", ends=STOPS)
+    yield Guest("triple-protected-no-idt", "ud2", "protected", seconds=30, ends=STOPS)
     for name, address in NOWHERE.items():
         yield Guest(f"run-at-{name}", f"long_mode\nmov ${address:#x}, %rax\njmp *%rax")
         yield Guest(f"stack-in-{name}", f"mov ${address + 64:#x}, %rsp\n1: push %rax\ncall 2f\n2: pop %rbx\njmp 1b")
@@ -88,7 +88,7 @@ def faults() -> Iterator[Guest]:
         )
     for mode in ("real", "protected", "long"):
         stops = frozenset({Reason.HALT, Reason.TIMEOUT})
-        yield Guest(f"halt-{mode}", "cli\n1: hlt\njmp 1b", mode, seconds=2, ends=frozenset({Reason.HALT}))
+        yield Guest(f"halt-{mode}", "cli\n1: hlt\njmp 1b", mode, seconds=30, ends=frozenset({Reason.HALT}))
         yield Guest(
             f"halt-awake-{mode}",
             "lidt 0x6100\nsti\n1: hlt\njmp 1b" if mode == "long" else "sti\n1: hlt\njmp 1b",
@@ -97,7 +97,7 @@ def faults() -> Iterator[Guest]:
         )
         yield Guest(f"spin-{mode}", "1: jmp 1b", mode, ends=frozenset({Reason.TIMEOUT}))
         yield Guest(f"pause-{mode}", "1: pause\njmp 1b", mode, ends=stops | STOPS)
-    yield Guest("reset-vector", "ljmp $0xffff, $0", "real", ends=frozenset({Reason.RESET}))
+    yield Guest("reset-vector", "ljmp $0xffff, $0", "real", seconds=30, ends=frozenset({Reason.RESET}))
     yield Guest("interrupts-of-real-mode", lines(f"int ${n}" for n in range(256)), "real")
     yield Guest("wraps-around-in-real-mode", "mov $0xffff, %ax\nmov %ax, %ds\n1: mov 0xffff, %eax\njmp 1b", "real")
     yield Guest("task-switch", "movl $0x00000067, 0x520\nljmp $0x20, $0", "protected")

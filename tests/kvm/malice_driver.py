@@ -171,7 +171,7 @@ def driver(
         second=to_long_mode(second) if second else "",
         devices=devices or (kind,),
         memory=memory | good(kind),
-        seconds=10,
+        seconds=30,
         ends=SERVED,
     )
 

@@ -281,5 +281,5 @@ def strings_to_uart() -> Guest:
         "row-68",
         f"cld\nmov $0x3f8, %dx\nmov $4096, %ecx\nmov ${BUFFERS}, %esi\nrep outsb\ndone",
         memory={BUFFERS: content},
-        seconds=5,
+        seconds=30,
     )

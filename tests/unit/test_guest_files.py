@@ -384,7 +384,8 @@ def test_hostile_77_links_that_lead_out_by_way_of_others(tmp_path: Path) -> None
     """Each is inside by its text; together they are two folders above the tree."""
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "secret").write_text("secret")
-    sent = tree((DIR, b"p", b""), (DIR, b"p/q", b""), (LNK, b"p/q/up", b"../.."), (LNK, b"p/q/x", b"up/../../../secret"))
+    links = (LNK, b"p/q/up", b"../.."), (LNK, b"p/q/x", b"up/../../../secret")
+    sent = tree((DIR, b"p", b""), (DIR, b"p/q", b""), *links)
 
     with pytest.raises(GuestError, match="leads out"):
         speaking(sent + END).get("/x", tmp_path / "a/b/tree")
@@ -393,12 +394,12 @@ def test_hostile_77_links_that_lead_out_by_way_of_others(tmp_path: Path) -> None
 
 
 def test_links_that_stay_inside_are_kept(tmp_path: Path) -> None:
-    links = {b"p/q/up": b"../..", b"p/q/here": b".", b"p/file": b"./q/..data", b"p/q/next": b"..//r/./s"}
+    links = {b"p/q/up": b"../..", b"p/q/here": b".", b"p/file": b"q/..data", b"p/q/next": b"../r/s"}
     sent = tree((DIR, b"p", b""), (DIR, b"p/q", b""), *[(LNK, name, target) for name, target in links.items()])
 
     speaking(sent + END).get("/x", tmp_path / "tree")
 
-    assert {name: os.readlink(os.fsencode(tmp_path / "tree") + b"/" + name) for name in links} == links
+    assert {name: os.fsencode((tmp_path / "tree" / os.fsdecode(name)).readlink()) for name in links} == links
 
 
 def test_a_tree_that_writes_through_its_own_link(tmp_path: Path) -> None:

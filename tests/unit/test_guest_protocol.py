@@ -160,6 +160,25 @@ def test_any_bytes_to_the_agent(hardened: NativeAgent, data: bytes) -> None:
     converse(hardened, data)
 
 
+@pytest.mark.parametrize("request_frame", [EXEC_TRUE, STAT_ROOT], ids=["exec", "stat"])
+def test_a_conversation_cut_off_at_each_byte(hardened: NativeAgent, request_frame: bytes) -> None:
+    data = GREETING + request_frame
+
+    for length in range(len(data)):
+        assert {kind for kind, _, _ in converse(hardened, data[:length])} <= {Kind.HELLO, Kind.ERROR}
+    assert Kind.ERROR not in {kind for kind, _, _ in converse(hardened, data)}
+
+
+@pytest.mark.parametrize("request_frame", [EXEC_TRUE, STAT_ROOT], ids=["exec", "stat"])
+def test_a_request_with_each_of_its_bytes_changed(hardened: NativeAgent, request_frame: bytes) -> None:
+    """The bytes of its name excepted, by which another program would run."""
+    name = request_frame.find(b"/\0")
+
+    for at in range(name):
+        for value in (0, 1, 0x7F, 0xFF):
+            converse(hardened, GREETING + request_frame[:at] + bytes([value]) + request_frame[at + 1 :])
+
+
 KINDS = st.sampled_from([*(kind.value for kind in Kind if kind is not Kind.EXEC), 0, 99, 255])
 # A request for files is not among what is made up at will: it could remove some of this machine.
 REQUESTS = st.sampled_from([EXEC_TRUE, STAT_ROOT])
