@@ -17,11 +17,13 @@ import malice_cpu
 import malice_rows
 import malice_virtio
 import pytest
-from malice import BUFFERS, SCALE, Arena, Guest, Outcome, engines, start_peer
+from arena import Arena, Outcome, start_peer
+from malice import BUFFERS, SCALE, SERVED, Guest, engines
 from malice_board import NEXT_PORT
 from rig import GUESTS
 
 from kvmpy.core.board import Reason, Stop
+from kvmpy.jail.lock import landlock_abi, why_no_namespaces
 
 FAMILIES = [
     malice_cpu.faults,
@@ -37,6 +39,7 @@ FAMILIES = [
     malice_virtio.buses,
 ]
 SAMPLE, FEW = (1, None) if SCALE else (5, 2)  # every so many guests of all families, so many of each row
+SAMPLE_LOCKED_IN = 5  # of these, where all are wanted, every so many in a process of its own
 ROWS = {guest.name: guest for guest in [*malice_rows.rows(), malice_rows.strings_to_uart()]}
 ALL = {guest.name: guest for guest in chain.from_iterable(family() for family in FAMILIES)}
 SWEEPS = {
@@ -79,6 +82,20 @@ def test_there_are_enough() -> None:
 @pytest.mark.parametrize(("guest", "pure"), engines(ALL.values())[::SAMPLE], indirect=["pure"])
 def test_guest(arena: Arena, guest: Guest, pure: None) -> None:
     arena.run(guest)
+
+
+LOCKED_IN = ["race-blk-addresses-pci", "bar-onto-other-bar-pci", "prints-without-end-3f8", "panic-text-29"]
+
+
+@pytest.mark.parametrize("name", list(ALL)[::SAMPLE_LOCKED_IN] if SCALE else LOCKED_IN)
+def test_guest_of_a_process_that_is_locked_in(arena: Arena, name: str) -> None:
+    """Nothing that a guest can do makes a thread ask for what it may not: that would end the process."""
+    guest = ALL[name]
+    level = "default" if "fs" in guest.devices or why_no_namespaces() or not landlock_abi() else "strict"
+
+    found = arena.run_locked_in(guest, level)
+
+    assert guest.ends != SERVED or found["status"] == 0
 
 
 # The list of other monitors' defects.
