@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from images import COMPRESSORS, lzop
+from scale import examples
 
 from kvmpy.boot import cpio, lzo, modules, payload
 from kvmpy.cli import settings as cli_settings
@@ -28,7 +29,7 @@ from kvmpy.host import fuse_wire as wire
 from kvmpy.host.fuse import FuseServer
 from kvmpy.host.fuse_wire import ROOT_ID, Op
 
-MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 SAMPLE = bytes(range(256)) * 40
 
 

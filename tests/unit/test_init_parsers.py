@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scale import examples
 
 GUESTS = Path(__file__).parents[2] / "guests"
 LIMIT = 60.0  # seconds
@@ -94,7 +95,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(st.lists(st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join), max_size=30))
 def test_any_pieces(program: Path, inputs: list[bytes]) -> None:
     parse(program, inputs)
