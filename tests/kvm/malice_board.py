@@ -72,6 +72,19 @@ def windows() -> Iterator[Guest]:
             yield Guest(f"everywhere-{transport}-{seed}", code, transport=transport, devices=DEVICES, seconds=0.2)
 
 
+def registers() -> Iterator[Guest]:
+    """Every byte where devices answer is read and written at every width, so that all of what is remembered is."""
+    for transport, names in (("mmio", ["boot-timer", "virtio-mmio"]), ("pci", ["functions", "bars"])):
+        code = ["long_mode"]
+        for start, end in (WINDOWS[name] for name in names):
+            end = min(end, start + 0x6000)
+            accesses = lines(f"try mov (%rdi), {AX[size]}\ntry mov {AX[size]}, (%rdi)" for size in (1, 2, 4))
+            code += [f"mov ${start:#x}, %edi", f"1: {accesses}", "inc %edi", f"cmp ${end:#x}, %edi", "jb 1b"]
+        yield Guest(
+            f"every-register-{transport}", lines(code) + "\ndone", transport=transport, devices=DEVICES, seconds=90
+        )
+
+
 STRING_PORTS = [0x3F8, 0x402, 0xE9, 0x80, 0x60, 0x71, 0x5E0, 0xCF8, 0xCFC, 0x20, 0x40, 0x43]
 
 

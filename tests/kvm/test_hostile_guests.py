@@ -31,6 +31,7 @@ FAMILIES = [
     malice_cpu.registers,
     malice_board.windows,
     malice_board.strings,
+    *([malice_board.registers] if SCALE else []),
     malice_board.junk,
     malice_board.interrupts,
     malice_virtio.random_chains,

@@ -21,8 +21,9 @@ from scale import examples
 
 from kvmpy.boot import cpio, lzo, modules, payload
 from kvmpy.cli import settings as cli_settings
-from kvmpy.core.errors import ConfigError, GuestError, HostError, ImageError, KvmpyError
+from kvmpy.core.errors import ConfigError, GuestError, GuestLost, HostError, ImageError, KvmpyError
 from kvmpy.guest import protocol
+from kvmpy.guest.client import Agent
 from kvmpy.guest.files import Files
 from kvmpy.guest.protocol import HELLO, Entry, Kind, frame
 from kvmpy.host import fuse_wire as wire
@@ -256,8 +257,8 @@ def entry(mode: int, name: bytes, target: bytes = b"") -> bytes:
 TREE = entry(FOLDER, b"") + entry(FILE, b"a") + frame(Kind.DATA, b"content") + entry(LINK, b"b", b"a") + frame(Kind.END)
 
 
-def hear(said: bytes) -> Files:
-    """Files of a guest whose agent says this and no more."""
+def saying(said: bytes) -> Callable[[], socket.socket]:
+    """Connections to an agent that says this and no more."""
 
     def speak(mouth: socket.socket) -> None:
         with mouth, suppress(OSError):
@@ -271,7 +272,43 @@ def hear(said: bytes) -> Files:
         threading.Thread(target=speak, args=(theirs,)).start()
         return ours
 
-    return Files(connect)
+    return connect
+
+
+def hear(said: bytes) -> Files:
+    """Files of a guest whose agent says this and no more."""
+    return Files(saying(said))
+
+
+ANSWER = (
+    frame(Kind.STARTED, bytes(protocol.Number(77)))
+    + frame(Kind.DATA, b"output", protocol.STDOUT)
+    + frame(Kind.EOF, b"", protocol.STDOUT)
+    + frame(Kind.EOF, b"", protocol.STDERR)
+    + frame(Kind.EXIT, bytes(protocol.Exit(7, 0, 0, 0, 1, 2, 3, 4)))
+)
+
+
+def test_a_commands_answer_cut_off_at_each_byte() -> None:
+    said = GREETING + ANSWER
+    done = Agent(saying(said)).run(["true"])
+
+    for length in range(len(said)):
+        with pytest.raises(GuestLost):
+            Agent(saying(said[:length])).run(["true"])
+
+    assert (done.stdout, done.stderr, done.returncode) == (b"output", b"", 7)
+
+
+@MANY
+@given(st.dictionaries(st.integers(0, len(GREETING + ANSWER) - 1), st.integers(0, 255), max_size=3))
+def test_a_commands_answer_with_any_bytes_changed(changes: dict[int, int]) -> None:
+    said = bytearray(GREETING + ANSWER)
+    for at, value in changes.items():
+        said[at] = value
+
+    with suppress(KvmpyError):
+        Agent(saying(bytes(said))).run(["true"], timeout=0.5)
 
 
 def test_a_tree_cut_off_at_each_byte(tmp_path: Path) -> None:
