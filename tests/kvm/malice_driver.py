@@ -160,7 +160,7 @@ def driver(
     """A guest that sets its device up (or does what is `before`), does `body`, and then wants to be served."""
     device = Device(kind, transport)
     queue, _ = REQUESTS[kind]
-    wait = f"mov $200000, %ecx\n1: in $0x80, %al\ncmpw $1, {GOOD + 0x202:#x}\nje 2f\ndec %ecx\njnz 1b\n2: "
+    wait = f"mov $5000000, %ecx\n1: in $0x80, %al\ncmpw $1, {GOOD + 0x202:#x}\nje 2f\ndec %ecx\njnz 1b\n2: "
     stop = "mov $0x502, %dx\nxor %eax, %eax\ntest %ecx, %ecx\nsetz %al\nout %al, %dx\ncli\nhlt"
     parts = ["long_mode", device.all_up() if before is None else before, start(second), body, join(second)]
     parts += [device.up([(queue, GOOD)]), device.kick(queue), wait + stop]

@@ -64,7 +64,7 @@ class Case:
         where = device.base + (0x14 if device.pci else 0x70)
         seen = f"mov ${where:#x}, %rdi\nmov {'(%rdi), %al' if device.pci else '(%rdi), %eax'}\ntest $0x40, %al\njnz 2f"
         look = f"cmpw $0, {ring(self.queue) + 0x202:#x}\njne 2f\n{seen}"
-        body = f"{device.kick(self.queue)}\nmov $20000, %ecx\n1: in $0x80, %al\n{look}\ndec %ecx\njnz 1b\nmov $0x502, %dx\nmov $2, %al\nout %al, %dx\n2:"
+        body = f"{device.kick(self.queue)}\nmov $5000000, %ecx\n1: in $0x80, %al\n{look}\ndec %ecx\njnz 1b\nmov $0x502, %dx\nmov $2, %al\nout %al, %dx\n2:"
         return driver(self.name, self.kind, transport, body, self.memory, before=before)
 
 

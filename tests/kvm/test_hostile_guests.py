@@ -39,7 +39,7 @@ FAMILIES = [
     malice_virtio.storms,
     malice_virtio.buses,
 ]
-SAMPLE, FEW = (1, None) if SCALE else (5, 2)  # every so many guests of all families, so many of each row
+SAMPLE, FEW = (1, None) if SCALE else (6, 2)  # every so many guests of all families, so many of each row
 SAMPLE_LOCKED_IN = 5  # of these, where all are wanted, every so many in a process of its own
 ROWS = {guest.name: guest for guest in [*malice_rows.rows(), malice_rows.strings_to_uart()]}
 ALL = {guest.name: guest for guest in chain.from_iterable(family() for family in FAMILIES)}
@@ -53,10 +53,13 @@ SWEEPS = {
 
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    """For all guests; tells with `pytest -s` how many there were, by how their machines ended."""
     folder = tmp_path_factory.mktemp("arena")
     peer = start_peer(folder / "peer")
     try:
-        yield Arena(folder, GUESTS, [*ALL.values(), *ROWS.values(), *SWEEPS.values()], folder / "peer")
+        arena = Arena(folder, GUESTS, [*ALL.values(), *ROWS.values(), *SWEEPS.values()], folder / "peer")
+        yield arena
+        print(f"\n{arena.endings.total()} guests: {dict(arena.endings)}")
     finally:
         peer.kill()
         peer.communicate()
