@@ -16,7 +16,7 @@ from .boot.spec import BootSpec, EntryPoint, Mode
 from .config import MachineConfig
 from .console import BATCH, OUTPUT_LIMIT, Console, Endpoint
 from .core.board import Attachable, Reason, Stop
-from .core.errors import CannotRunKernels, ConfigError, ImageError
+from .core.errors import CannotRunKernels, ConfigError, ImageError, exhausted
 from .core.events import EventLoop
 from .core.log import log
 from .core.outbox import Outbox
@@ -156,8 +156,10 @@ class Machine:
             self.boot_timer.start = self.post_codes.start = time.monotonic_ns()
             for vcpu in self.vcpus:
                 vcpu.start(in_vcpu)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if (lacking := exhausted(error)) is not None:
+                raise lacking from error
             raise
 
     def stop(self, why: Stop) -> None:
@@ -287,7 +289,7 @@ class Machine:
 
             devices += [catalogue.make(text) for text in self.config.devices]
         if self.config.root is not None:
-            devices.append(_share(self.config.root, ROOT_TAG, ro=True))
+            devices.append(_share(self.config.root, ROOT_TAG, ro=True, xattrs=False))
         devices += [_share(volume.host, tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
         for device in devices:
             device.attach(self.board)
@@ -447,12 +449,12 @@ class Machine:
         self.stop(Stop(Reason.ERROR, f"{type(error).__name__} in a device: {error}", cause=error))
 
 
-def _share(folder: str, tag: str, *, ro: bool) -> Attachable:
+def _share(folder: str, tag: str, *, ro: bool, xattrs: bool = True) -> Attachable:
     from pathlib import Path  # not needed by most
 
     from .virtio.fs import Fs
 
-    return Fs(path=Path(folder), tag=tag, ro=ro)
+    return Fs(path=Path(folder), tag=tag, ro=ro, xattrs=xattrs)
 
 
 def _require_ring0(kvm: Kvm) -> None:
