@@ -88,7 +88,7 @@ def test_guest(arena: Arena, guest: Guest, pure: None) -> None:
     arena.run(guest)
 
 
-LOCKED_IN = ["race-blk-addresses-pci", "bar-onto-other-bar-pci", "prints-without-end-3f8", "panic-text-29"]
+LOCKED_IN = ["race-blk-addresses-pci", "prints-without-end-3f8", "panic-text-29"]
 
 
 @pytest.mark.parametrize("name", list(ALL)[::SAMPLE_LOCKED_IN] if SCALE else LOCKED_IN)
