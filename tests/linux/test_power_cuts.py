@@ -49,7 +49,7 @@ def test_file_system_survives_power_cuts(disks: list[Recorded], tmp_path: Path, 
 
 @pytest.mark.parametrize("disk", [FORGETFUL, LYING])
 def test_missing_flush_is_found(disks: list[Recorded], tmp_path: Path, disk: int) -> None:
-    assert any(disks[disk].damages(tmp_path, 5, seed=1))
+    assert any(disks[disk].damages(tmp_path, 30, seed=1))  # most of them show it, and one is enough
 
 
 def test_readme_example(cloud: Path, tmp_path: Path) -> None:
