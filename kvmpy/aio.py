@@ -17,9 +17,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from .guest.client import Word
+from .guest.completed import Completed, complete
 from .guest.files import Files
 from .guest.link import deadline_after
-from .guest.process import Completed, Process, complete
+from .guest.process import Process
+from .guest.protocol import LIMIT
 from .machine import Machine
 from .sandbox import Sandbox
 
@@ -68,6 +70,7 @@ class AsyncSandbox:
         input: bytes | str | None = None,
         timeout: float | None = None,
         check: bool = False,
+        limit: int = LIMIT,
         **options: Any,
     ) -> Completed:
         """As Sandbox.run."""
@@ -76,7 +79,7 @@ class AsyncSandbox:
         pipes = {"stdin": DEVNULL if data is None else PIPE, "stdout": PIPE, "stderr": PIPE}
         process = await self._start_process(argv, {**pipes, "timeout": timeout, **options})
         try:
-            done = await self._call(complete, process, data, timeout, deadline)
+            done = await self._call(complete, process, data, timeout, deadline, limit)
         finally:
             process.close()
         return done.check() if check else done
@@ -85,8 +88,9 @@ class AsyncSandbox:
         """As Sandbox.popen."""
         return AsyncProcess(await self._start_process(argv, options), self._call)
 
-    def publish(self, port: str | int) -> None:
-        self._sandbox.publish(port)
+    def publish(self, port: str | int) -> int:
+        """As Sandbox.publish."""
+        return self._sandbox.publish(port)
 
     def logs(self) -> str:
         return self._sandbox.logs()
@@ -140,9 +144,11 @@ class AsyncProcess:
         code: int = await self._call(self.process.wait, timeout)
         return code
 
-    async def communicate(self, input: bytes = b"", timeout: float | None = None) -> tuple[bytes, bytes]:
+    async def communicate(
+        self, input: bytes = b"", timeout: float | None = None, limit: int = LIMIT
+    ) -> tuple[bytes, bytes]:
         """As Process.communicate."""
-        output: tuple[bytes, bytes] = await self._call(self.process.communicate, input, timeout)
+        output: tuple[bytes, bytes] = await self._call(self.process.communicate, input, timeout, limit)
         return output
 
     async def read(self, size: int = 1 << 16) -> bytes:
@@ -174,6 +180,9 @@ class AsyncProcess:
 
     def kill(self, group: bool = False) -> None:
         self.process.kill(group)
+
+    def kill_all(self) -> None:
+        self.process.kill_all()
 
 
 class AsyncFiles:

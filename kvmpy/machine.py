@@ -288,7 +288,7 @@ class Machine:
 
             devices += [catalogue.make(text) for text in self.config.devices]
         if self.config.root is not None:
-            devices.append(_share(self.config.root, ROOT_TAG, ro=True))
+            devices.append(_share(self.config.root, ROOT_TAG, ro=True, xattrs=False))
         devices += [_share(volume.host, tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
         for device in devices:
             device.attach(self.board)
@@ -448,12 +448,12 @@ class Machine:
         self.stop(Stop(Reason.ERROR, f"{type(error).__name__} in a device: {error}", cause=error))
 
 
-def _share(folder: str, tag: str, *, ro: bool) -> Attachable:
+def _share(folder: str, tag: str, *, ro: bool, xattrs: bool = True) -> Attachable:
     from pathlib import Path  # not needed by most
 
     from .virtio.fs import Fs
 
-    return Fs(path=Path(folder), tag=tag, ro=ro)
+    return Fs(path=Path(folder), tag=tag, ro=ro, xattrs=xattrs)
 
 
 def _require_ring0(kvm: Kvm) -> None:

@@ -114,8 +114,11 @@ def pytest_runtest_makereport(
 
 
 def _testimony(machine: Machine) -> Iterator[tuple[str, str]]:
-    """Titles with texts: why it stopped or where it is, with registers and last exits; and its console's last lines."""
+    """Titles with texts: why it stopped or where it is, with registers and last exits; its kernel's oopses; and its
+    console's last lines."""
     from .core.board import Reason, Stop
+    from .core.text import printable
+    from .oops import oops
     from .report import crash_report
 
     if machine.started_at:
@@ -127,8 +130,10 @@ def _testimony(machine: Machine) -> Iterator[tuple[str, str]]:
                 )
         except Exception as error:  # it is half taken apart; the test's own failure is what counts
             yield "state", f"not to be had: {type(error).__name__}: {error}"
-    lines = machine.console.text.splitlines()[-CONSOLE_LINES:]
-    yield "console", "\n".join(lines) or "(nothing was written to it)"
+    text = printable(machine.console.text)
+    if said := oops(text):
+        yield "oops", said
+    yield "console", "\n".join(text.splitlines()[-CONSOLE_LINES:]) or "(nothing was written to it)"
 
 
 def _remember(request: pytest.FixtureRequest, machine: Machine) -> None:

@@ -43,7 +43,8 @@ ALLOWED = {
     "doctor": {"boot", "core", "host", "jail", "kvm"},
     "aio": {"guest", "machine", "sandbox"},
     "pool": {"core", "sandbox"},
-    "pytest_plugin": {"core", "doctor", "kvm", "machine", "report", "sandbox"},
+    "oops": set(),
+    "pytest_plugin": {"core", "doctor", "kvm", "machine", "oops", "report", "sandbox"},
     "cli": {
         "boot", "catalogue", "config", "console", "core", "doctor", "foundation", "guest", "host", "jail", "kvm",
         "machine", "report", "sandbox", "steward", "virtio",

@@ -16,7 +16,7 @@ typedef unsigned long u64;
 enum { PORT = 1024, VERSION = 1 };
 enum { MAX_DATA = 64 << 10, MAX_EXEC = 2 << 20, WINDOW_SIZE = 256 << 10, MAX_LIMITS = 16 };
 enum { STDIN, STDOUT, STDERR };
-enum { TO_COMMAND, TO_GROUP };
+enum { TO_COMMAND, TO_GROUP, TO_ALL };
 #define UNCHANGED 0xffffffffU
 
 enum kind {
@@ -41,6 +41,7 @@ enum kind {
 	PACK = 39,
 	UNPACK = 40,
 	ENTRY = 48,
+	DIAL = 49,
 };
 
 enum stage {
@@ -52,6 +53,7 @@ enum stage {
 	STAGE_EXEC = 6,
 	STAGE_LOADER = 7,
 	STAGE_FILE = 8,
+	STAGE_PORT = 9,
 };
 
 enum run_flags { RUN_TTY = 1, RUN_STDIN = 2, RUN_STDOUT = 4, RUN_STDERR = 8, RUN_MERGE = 16 };
@@ -140,11 +142,19 @@ struct identity {
 
 long identify(const char *spec, struct identity *identity);
 
+/* tree.c */
+void keep_descendants(void);
+u32 signal_tree(int signal, u32 group);
+void kill_tree(void);
+
 /* command.c */
 __attribute__((noreturn)) void serve_command(char *payload, unsigned long size);
 
 /* files.c */
 __attribute__((noreturn)) void serve_files(struct frame *request);
+
+/* port.c */
+__attribute__((noreturn)) void serve_port(struct frame *request);
 
 static inline u64 now(void)
 {

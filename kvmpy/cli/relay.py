@@ -70,7 +70,7 @@ class Relay:
             try:
                 status = self._attend(timeout)
             except TimedOut:
-                process.kill(group=True)
+                process.kill_all()
                 with suppress(KvmpyError):
                     process.wait(COLLECT)
                 self._drain(outputs)

@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     volume = "a folder of the host, which the guest changes unless it is ro (repeatable)"
     add("-v", "--volume", metavar="HOST:GUEST[:ro]", action="append", default=[], help=volume)
     add("-n", "--net", metavar="KIND", default=NONE, help="none (default) or user: out through this host")
-    publish = "a port of the host for one of the guest, with --net user (repeatable)"
+    publish = "a port of the host for one of the guest (repeatable)"
     add("-p", "--publish", metavar="[IP:]HOST:GUEST[/udp]", action="append", default=[], help=publish)
     env = "a variable; without a value, as it is here (repeatable)"
     add("-e", "--env", metavar="NAME[=VALUE]", action="append", default=[], help=env)

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 class KvmpyError(Exception):
     """Base of all errors that users can act on; `status` is the exit status of the command line.
 
-    `stage` is what was being done, where there are steps, and `errno` the system's reason, where it gave one.
+    `stage` is what was being done, where there are steps, `errno` the system's reason, where it gave one, and `log` the
+    file with what the guest's console has said, where there is one.
     """
 
     status: ClassVar[int] = 125
     stage: str = ""
     errno: int | None = None
+    log: str = ""
 
     def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what)
@@ -128,6 +130,16 @@ class TimedOut(KvmpyError, TimeoutError):
     """A time limit has passed; `stdout` and `stderr` are what a command had written until then."""
 
     status = 124
+
+    def __init__(self, what: str, remedy: str = "", stdout: bytes = b"", stderr: bytes = b"") -> None:
+        super().__init__(what, remedy)
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+class TooLarge(KvmpyError):
+    """What a guest has for the host is more than the caller has room for; `stdout` and `stderr` are the beginnings of
+    a command's output."""
 
     def __init__(self, what: str, remedy: str = "", stdout: bytes = b"", stderr: bytes = b"") -> None:
         super().__init__(what, remedy)

@@ -8,9 +8,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..core.errors import ConfigError, GuestError, HostError, NotFoundError
+from ..core.errors import ConfigError, GuestError, HostError, NotFoundError, TooLarge
 from . import protocol
-from .protocol import MAX_DATA, Entry, Kind
+from .protocol import FILE_COST, MAX_DATA, TREE_LIMIT, Entry, Kind
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -51,11 +51,12 @@ class Unpacker:
     """Makes on the host what a guest sends. Rules: no name leads out, no link does, nothing but files, folders, links.
 
     What is there already is replaced, but a folder by a folder. Modes lose all but rwxr-xr-x; files belong to the
-    caller. Raises GuestError for what breaks the rules, and HostError.
+    caller. No more than `limit` bytes are written. Raises GuestError for what breaks the rules, TooLarge and HostError.
     """
 
-    def __init__(self, host: Path) -> None:
+    def __init__(self, host: Path, limit: int = TREE_LIMIT) -> None:
         self._host = host
+        self._limit = self._left = limit
         self._root = -1
         self._file = -1
         self._mtime = 0
@@ -69,6 +70,7 @@ class Unpacker:
     def entry(self, entry: Entry, name: bytes, target: bytes) -> None:
         """Make what the entry is about."""
         self.finish_file()
+        self._count(FILE_COST)
         try:
             if name:
                 self._make(entry, name, target)
@@ -82,6 +84,7 @@ class Unpacker:
         """More of the content of the file whose entry came last."""
         if self._file < 0:
             raise GuestError("the guest's agent sent the content of what is no file")
+        self._count(len(data))
         view = memoryview(data)
         try:
             while view:
@@ -95,6 +98,11 @@ class Unpacker:
                 os.utime(self._file, ns=(self._mtime, self._mtime))
             os.close(self._file)
             self._file = -1
+
+    def _count(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise TooLarge(f"what comes from the guest has more than {self._limit} bytes", "give a larger limit")
 
     def _make_root(self, entry: Entry) -> None:
         if self._root >= 0 or not (stat.S_ISDIR(entry.mode) or stat.S_ISREG(entry.mode)):

@@ -47,8 +47,8 @@ def test_a_command_begins_in_the_current_folder(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_root() -> None:
-    assert kvmpy.Sandbox().machine.config.root == Path("/")
-    assert kvmpy.Sandbox(root="tree").machine.config.root == Path("tree")
+    assert kvmpy.Sandbox().machine.config.root == "/"
+    assert kvmpy.Sandbox(root="tree").machine.config.root == "tree"
     assert kvmpy.Sandbox(root="none").machine.config.root is None
 
 
@@ -72,7 +72,8 @@ def test_volumes() -> None:
         (["--timeout", "soon", "true"], 'invalid time limit "soon"'),
         (["--cpus", "0", "true"], 'invalid number of CPUs "0"'),
         (["--mem", "lots", "true"], 'invalid size "lots"'),
-        (["--publish", "80:80", "true"], "ports cannot be published without a network"),
+        (["--publish", "80:80/udp", "true"], "udp port 80 cannot be published without a network card; give network="),
+        (["--publish", "80", "true"], 'cannot publish "80"; use [IP:]HOST:GUEST[/udp]'),
         (["--publish", "what", "--net", "user", "true"], 'cannot publish "what"'),
     ],
 )
@@ -92,6 +93,15 @@ def test_a_sandbox_that_does_not_run() -> None:
         sandbox.run("true")
     sandbox.close()
     sandbox.close()
+
+
+def test_published_ports() -> None:
+    sandbox = kvmpy.Sandbox(publish=["0:80", "127.0.0.1:0:81"])
+
+    assert sandbox.publish(8000) == 8000
+    assert sandbox.publish("9000:80") == 9000
+    with pytest.raises(kvmpy.ConfigError, match="cannot publish"):
+        sandbox.publish("nonsense")
 
 
 def test_errors_say_where_and_what_to_do() -> None:
