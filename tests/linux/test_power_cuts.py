@@ -18,8 +18,8 @@ from power import DB, LIMIT, LOG, STATE, Recorded, record
 
 from kvmpy import faults
 
-CUTS = int(os.environ.get("KVMPY_POWER_CUTS", "20"))
-ROUNDS = 12 if CUTS <= 20 else 200
+CUTS = int(os.environ.get("KVMPY_POWER_CUTS", "12"))
+ROUNDS = 8 if CUTS <= 20 else 200
 GOOD, FORGETFUL, LYING = range(3)
 README = Path(__file__).parents[2] / "README.md"
 
