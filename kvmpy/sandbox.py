@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from os import PathLike, fspath
+from pathlib import Path
 from subprocess import PIPE
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -65,6 +66,9 @@ class Sandbox:
                host of 0, one that is free. UDP only with network="user". See the method
     env        variables of all commands, besides those of a container image
     cwd, user  of all commands that name none; by default those of the container image, else / and root
+    vsock      a UNIX socket, which is made, for other processes that want to reach ports of the guest, as the option
+               `path` of virtio-vsock
+    endpoint   makes the host's end of the console, as for Machine, instead of `log`
     start_timeout   seconds that the guest may take to be ready
     log        a file that is to have what the guest's console says, the first 64 MiB of it, and at the end the crash
                report if there is one
@@ -89,6 +93,8 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
         cwd: str = "",
         user: str = "",
+        vsock: str | PathLike[str] | None = None,
+        endpoint: MakeEndpoint | None = None,
         start_timeout: float = START_SECONDS,
         log: str | PathLike[str] | None = None,
     ) -> None:
@@ -111,7 +117,7 @@ class Sandbox:
         self._ports: list[PublishedPort] = []
         self._log = "" if log is None else fspath(log)
         self._start_timeout = start_timeout
-        self._vsock = Vsock()
+        self._vsock = Vsock(path=None if vsock is None else Path(vsock))
         self._ready = threading.Event()
         self._ended = threading.Event()
         self._closing = threading.RLock()
@@ -132,7 +138,7 @@ class Sandbox:
                 root="/" if root == HOST else None if root == NONE or self._root is not None else root,
                 volumes=_volumes(volumes),
             ),
-            endpoint=_into(self._log) if self._log else None,
+            endpoint=endpoint or (_into(self._log) if self._log else None),
         )
 
     # Life.
@@ -172,6 +178,11 @@ class Sandbox:
             raise
         self.ready_seconds = time.monotonic() - self.machine.started_at
         return self
+
+    def wait(self, timeout: float | None = None) -> Stop | None:
+        """Wait until the machine has ended, and say how; None when it has not in `timeout` seconds."""
+        self._ended.wait(timeout)
+        return self.stopped
 
     def close(self) -> None:
         """End the machine and all that runs in it; safe to call twice, and from any thread."""

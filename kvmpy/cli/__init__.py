@@ -22,6 +22,7 @@ import errno
 import gc
 import os
 import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -34,11 +35,19 @@ from . import options
 VERBS = {
     "run": "run a command in a fresh machine",
     "shell": "open a shell in a fresh machine",
+    "exec": "run a command in a machine that has a name",
+    "ps": "list the machines that have a name",
+    "cp": "copy files to and from a machine",
+    "logs": "print what the command of a machine has written",
+    "wait": "wait for the end of a machine",
+    "stop": "end machines",
+    "rm": "forget machines that have ended",
     "boot": "boot a kernel and connect to its console",
     "config": "print the machine that options describe, as YAML",
     "doctor": "tell what this host can do, and the remedy for what it cannot",
     "inspect": "tell how a kernel image can be booted",
     "initrd": "make an initramfs",
+    "completion": "print what a shell needs to complete kvmpy's words",
 }
 
 
@@ -50,6 +59,10 @@ def main(argv: list[str]) -> int:
     _open_missing_standard_streams()
     try:
         try:
+            if "_ARGCOMPLETE" in os.environ:
+                from .completion import complete
+
+                complete(VERBS, load)
             return _dispatch(argv)
         finally:
             sys.stdout.flush()  # here, where an error can still be told; argparse leaves its help unflushed
@@ -109,7 +122,7 @@ def load(name: str) -> ModuleType:
 
 def _usage() -> str:
     lines = ["usage: kvmpy COMMAND [OPTIONS]", "", "A virtual machine monitor for x86-64 Linux.", "", "commands:"]
-    lines += [f"  {verb:<9} {text}" for verb, text in VERBS.items()]
+    lines += [f"  {verb:<11} {text}" for verb, text in VERBS.items()]
     return "\n".join([*lines, "", "`kvmpy COMMAND --help` tells more. Exit statuses are in the README."])
 
 
@@ -131,6 +144,18 @@ def tell(text: str, *, hurry: bool = False) -> None:
         print(text, file=sys.stderr)
     except OSError:
         _abandon(2)
+
+
+def each(names: Sequence[str], act: Callable[[str], None]) -> int:
+    """Do it to all of them, whatever fails; the status of the last failure."""
+    status = 0
+    for name in names:
+        try:
+            act(name)
+        except KvmpyError as error:
+            _complain(f"kvmpy: {error}")
+            status = error.status
+    return status
 
 
 def _has_room(fd: int) -> bool:

@@ -12,7 +12,7 @@ from agents import NativeAgent, build, running
 
 import kvmpy
 from kvmpy import cli, machine
-from kvmpy.cli import relay, run
+from kvmpy.cli import command, relay, run
 from kvmpy.core.errors import GuestLost
 from kvmpy.virtio import user_net
 
@@ -35,7 +35,7 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERE", "x=y")
     monkeypatch.delenv("NOWHERE", raising=False)
 
-    assert run.variables(["A=1", "B=", "HERE", "NOWHERE", "A=2"]) == {"A": "2", "B": "", "HERE": "x=y"}
+    assert command.variables(["A=1", "B=", "HERE", "NOWHERE", "A=2"]) == {"A": "2", "B": "", "HERE": "x=y"}
 
 
 def test_a_command_begins_in_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
