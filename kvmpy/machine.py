@@ -16,7 +16,7 @@ from .boot.spec import BootSpec, EntryPoint, Mode
 from .config import MachineConfig
 from .console import BATCH, OUTPUT_LIMIT, Console, Endpoint
 from .core.board import Attachable, Reason, Stop
-from .core.errors import CannotRunKernels, ConfigError, ImageError
+from .core.errors import CannotRunKernels, ConfigError, ImageError, exhausted
 from .core.events import EventLoop
 from .core.log import log
 from .core.outbox import Outbox
@@ -155,8 +155,10 @@ class Machine:
             self.boot_timer.start = self.post_codes.start = time.monotonic_ns()
             for vcpu in self.vcpus:
                 vcpu.start(in_vcpu)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if (lacking := exhausted(error)) is not None:
+                raise lacking from error
             raise
 
     def stop(self, why: Stop) -> None:

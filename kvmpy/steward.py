@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .core.board import Stop
+from .core.errors import HostError
 from .remains import causes, gather
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ class Steward:
     def __init__(self) -> None:
         orders, self._orders = os.pipe()
         self._answers, answers = os.pipe()
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError as error:
+            raise HostError(f"no process can be started: {error.strerror}", "raise the limit (ulimit -u)") from None
         if self._pid == 0:
             os.close(self._orders)
             os.close(self._answers)

@@ -26,7 +26,7 @@ from functools import cache
 from types import ModuleType
 
 from ..core import progress
-from ..core.errors import ConfigError, HostError, KvmpyError
+from ..core.errors import ConfigError, HostError, KvmpyError, exhausted
 from ..core.text import escaped
 from ..core.typed import Any
 from . import options
@@ -61,8 +61,11 @@ def main(argv: list[str]) -> int:
         return 128 + 13
     except KeyboardInterrupt:
         return 128 + 2
-    except OSError as error:
-        if error.errno not in OUTPUT_FAILURES:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (lacking := exhausted(error)) is not None:
+            _complain(f"kvmpy: {lacking}")
+            return lacking.status
+        if not isinstance(error, OSError) or error.errno not in OUTPUT_FAILURES:
             raise
         _abandon(1)
         _complain(f"kvmpy: cannot write to standard output: {error.strerror}; make room, or send it elsewhere")

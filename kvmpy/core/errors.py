@@ -5,6 +5,7 @@ An error is one line: what is wrong with which thing, then, after a semicolon, w
 
 from __future__ import annotations
 
+import errno
 import os
 
 from .typed import TYPE_CHECKING, ClassVar
@@ -55,6 +56,29 @@ class NotFoundError(KvmpyError):
 
 class HostError(KvmpyError):
     """A resource of the host failed or is missing (file, memory, tool)."""
+
+
+LIMITS = {  # errnos of what the host has run out of, with what to do about it
+    errno.EMFILE: ("file descriptors", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("file descriptors", "raise the host's limit (sysctl fs.file-max)"),
+    errno.ENOMEM: ("memory", "end other programs, or raise the limit (ulimit -v)"),
+}
+NO_THREAD = "can't start new thread"  # what Python says in a RuntimeError
+
+
+def exhausted(error: BaseException) -> HostError | None:
+    """What `error` is, where it tells that a resource of the host has run out, wherever that was; else None."""
+    if isinstance(error, KvmpyError):
+        return None
+    if isinstance(error, OSError) and error.errno in LIMITS:
+        what, remedy = LIMITS[error.errno]
+    elif isinstance(error, MemoryError):
+        what, remedy = LIMITS[errno.ENOMEM]
+    elif isinstance(error, RuntimeError) and NO_THREAD in str(error):
+        what, remedy = "threads", "raise the limit (ulimit -u, pids.max of the cgroup), or that of memory (ulimit -v)"
+    else:
+        return None
+    return HostError(f"this host has no more {what}", remedy)
 
 
 class KvmError(KvmpyError):

@@ -216,7 +216,13 @@ class SharedFolder:
         folder = self.nodes.find(request.nodeid)
         there = self.nodes.fd(folder)
         os.mkdir(name, 0o700, dir_fd=there)
-        return self._made(request, folder, name, _open_new(name, there, stat.S_IFDIR), mode)
+        try:
+            fd = _open_new(name, there, stat.S_IFDIR)
+        except OSError:
+            with suppress(OSError):
+                os.rmdir(name, dir_fd=there)
+            raise
+        return self._made(request, folder, name, fd, mode)
 
     def unlink(self, request: Request) -> Answer:
         return self._delete(request, os.unlink)
