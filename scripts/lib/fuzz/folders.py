@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import stat
@@ -15,6 +16,7 @@ from kvmpy.virtio.fs import Fs
 from kvmpy.virtio.spec import F
 
 from .kind import Kind, Violation
+from .oracle import Done, Image, prefix
 
 if TYPE_CHECKING:
     from .generate import Generator
@@ -62,7 +64,9 @@ class Folder(Kind):
 
     def request(self, make: Generator) -> None:
         pick = make.random
-        op = pick.choice([*Op, *Op, Op.LOOKUP, Op.READ, Op.WRITE, Op.CREATE, Op.READDIR, Op.READDIRPLUS, make.word(32)])
+        op = pick.choice(
+            [*Op, *Op, Op.LOOKUP, *[Op.READ, Op.WRITE] * 4, Op.CREATE, Op.READDIR, Op.READDIRPLUS, make.word(32)]
+        )
         args, data = self._arguments(make, op)
         if pick.random() < 0.04:
             args = args[: pick.randrange(len(args) + 1)]
@@ -133,6 +137,23 @@ class Folder(Kind):
             ),
             Op.FLUSH: wire.RELEASE_IN.pack(fh, 0, 0, 0),
         }.get(op, b""), b""  # type: ignore[call-overload]
+
+    def done(self, chains: list[Done], before: Image, after: Image) -> None:
+        """Answers are as long as they say, and belong to their requests; who lies about a length hears of it."""
+        for one in chains:
+            request = before.gather(one.readable)
+            if not one.written or len(request) < wire.IN_HEADER.size:
+                if one.written:
+                    raise Violation("answer", f"{one.written} bytes for {len(request)} bytes of request")
+                continue
+            told, op, asked, *_ = wire.IN_HEADER.unpack_from(request)
+            answer = after.gather(prefix(one.writable, one.written))
+            length, error, unique = wire.OUT_HEADER.unpack_from(answer.ljust(wire.OUT_HEADER.size, b"\0"))
+            what = f"request {op} of {len(request)} bytes, {told} by its own account"
+            if (length, unique) != (len(answer), asked) or not -4096 < error <= 0:
+                raise Violation("answer", f"{what}: {len(answer)} bytes, {length} by their own account, error {error}")
+            if not wire.IN_HEADER.size <= told <= len(request) and error != -errno.EINVAL:
+                raise Violation("answer", f"{what}: error {error}")
 
     def works(self, rig: Rig) -> None:
         for op, node, args in ((Op.INIT, 0, INIT), (Op.GETATTR, 1, wire.GETATTR_IN.pack(0, 0, 0))):

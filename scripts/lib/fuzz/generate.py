@@ -84,6 +84,8 @@ class Generator:
         odd: dict[str, Any] = {}
         if pick.random() < 0.25 and len(segments) <= self.sizes[queue % len(self.sizes)]:
             odd["indirect"] = self.place(16 * len(segments))
+            if pick.random() < 0.3:
+                odd["direct"] = pick.randrange(len(segments))  # of them are in front of the table
         if pick.random() < DEFECT:
             defects.spoil(self, queue, segments, odd)
         self.ops.append(["chain", queue, segments, odd])
