@@ -263,11 +263,14 @@ static long mount_volumes(void)
 {
 	long failed = 0;
 
-	for (char *word = volumes; volumes && word < volumes + volumes_size;) {
-		char *tag = word, *folder = tag + length(tag) + 1, *how = folder + length(folder) + 1;
-		unsigned long flags = MS_NODEV | (same(how, "ro") ? MS_RDONLY : 0);
+	for (char *word = volumes, *end = volumes + volumes_size; volumes && word < end;) {
+		char *tag = word, *folder = tag + length(tag) + 1, *how = folder < end ? folder + length(folder) + 1 : end;
+		unsigned long flags;
 		long error;
 
+		if (how >= end) /* the list has been cut off */
+			break;
+		flags = MS_NODEV | (same(how, "ro") ? MS_RDONLY : 0);
 		for (char *at = folder + 1; *at; at++) {
 			if (*at != '/')
 				continue;
@@ -389,7 +392,7 @@ static int claimed(unsigned long address)
 		while (*line == ' ')
 			line++;
 		start = number(&line, 16);
-		line++; /* the dash */
+		line += *line == '-'; /* not at the end of what there was room for */
 		end = number(&line, 16);
 		if (start <= address && address <= end)
 			return 1;

@@ -21,6 +21,7 @@ from .core.events import EventLoop
 from .core.log import log
 from .core.outbox import Outbox
 from .core.pure import PURE
+from .core.text import printable
 from .core.typed import TYPE_CHECKING, Any, Self
 from .devices.acpi_ged import AcpiGed
 from .devices.acpi_pm import AcpiPm
@@ -48,7 +49,7 @@ IDLE_SECONDS = 0.001  # of CPU time in that period: the vCPU did nothing
 MP_STATE_UNINITIALIZED, MP_STATE_HALTED = 1, 3  # KVM_MP_STATE_*
 RFLAGS_IF = 1 << 9
 PANIC = "Kernel panic - not syncing"  # how Linux announces that it is about to reset, or to stand still
-
+PANIC_LENGTH = 200  # characters of that line that are told: any guest can say it, and more behind it
 HALTED = "System halted"  # what it says when that was asked for
 ORDERLY = {Reason.POWEROFF, Reason.RESET, Reason.EXIT, Reason.HALT}
 
@@ -437,8 +438,8 @@ class Machine:
                 return Stop(Reason.EXIT, f"status {marker[1]}", status=int(marker[1]))
         text = self.console.text
         if stop.reason in (Reason.RESET, Reason.HALT) and PANIC in text:
-            line = text[text.rindex(PANIC) :].splitlines()[0]
-            return Stop(Reason.PANIC, line.removeprefix(PANIC).lstrip(": "))
+            line = text[text.rindex(PANIC) + len(PANIC) :][:PANIC_LENGTH].partition("\n")[0]
+            return Stop(Reason.PANIC, printable(line).strip(": "))
         if stop.reason is Reason.HALT and self.entry.protocol in LINUX_PROTOCOLS and HALTED not in text:
             return Stop(Reason.CRASH, "the kernel gave up: every CPU is halted with interrupts off")
         return stop

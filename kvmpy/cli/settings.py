@@ -28,7 +28,7 @@ from ..core.errors import ConfigError, NotFoundError
 from ..core.typed import Any
 from .options import Option
 
-MAX_FILE = 1 << 20
+MAX_FILE = 1 << 16
 SERIAL = "stdio, null, pty, file=PATH or unix=PATH"
 DISK, NET = "virtio-blk", "virtio-net"
 LISTS = ("initrd", "append", "modules", "disks", "nets", "publish", "volumes", "devices")
@@ -158,10 +158,15 @@ def read(path: str) -> Told:
         """All values as text: 22:22 is a port of ours for one of the guest's, and no number in base 60."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise ConfigError(f"{path}, line {node.start_mark.line + 1}: {twice!r} is there twice", "keep one")
+            names: set[str] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue  # refused below
+                if key.value in names:
+                    raise ConfigError(
+                        f"{path}, line {node.start_mark.line + 1}: {key.value!r} is there twice", "keep one"
+                    )
+                names.add(key.value)
             return super().construct_mapping(node, deep)
 
     text = bytes(files.read(path, "configuration", MAX_FILE, "describe a machine"))

@@ -28,5 +28,9 @@ def escaped(text: str) -> str:
 
 
 def _shown(match: re.Match[str]) -> str:
+    """As Python writes it in text; without its codec, which a process that is locked in could not load."""
     character = match.group()
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+    if character.isprintable():
+        return character
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 1 << 8 else f"\\u{number:04x}" if number < 1 << 16 else f"\\U{number:08x}"

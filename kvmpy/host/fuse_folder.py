@@ -216,13 +216,7 @@ class SharedFolder:
         folder = self.nodes.find(request.nodeid)
         there = self.nodes.fd(folder)
         os.mkdir(name, 0o700, dir_fd=there)
-        try:
-            fd = _open_new(name, there, stat.S_IFDIR)
-        except OSError:
-            with suppress(OSError):
-                os.rmdir(name, dir_fd=there)
-            raise
-        return self._made(request, folder, name, fd, mode)
+        return self._made(request, folder, name, _open_new(name, there, stat.S_IFDIR), mode)
 
     def unlink(self, request: Request) -> Answer:
         return self._delete(request, os.unlink)
@@ -597,8 +591,13 @@ def _node_of(entry: bytes) -> int:
 
 
 def _open_new(name: bytes, folder: int, kind: int) -> int:
-    """What was just made, O_PATH."""
-    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    """What was just made, O_PATH; it is deleted again where it cannot be opened."""
+    try:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        with suppress(OSError):
+            (os.rmdir if kind == stat.S_IFDIR else os.unlink)(name, dir_fd=folder)
+        raise
     if stat.S_IFMT(os.fstat(fd).st_mode) != kind:
         os.close(fd)
         raise OSError(errno.EIO, "somebody has put something else in its place")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 from contextlib import suppress
@@ -101,8 +102,8 @@ def listen_at(path: Path, backlog: int = 1) -> socket.socket:
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and _nobody_listens(path):
             path.unlink()
+        os.fchmod(listener.fileno(), 0o600)  # what bind makes has this mode: the name might be another's by then
         listener.bind(str(path))
-        path.chmod(0o600)
         listener.listen(backlog)
         NAMES.add(path.absolute())
     except OSError as error:

@@ -570,14 +570,17 @@ def test_shared_folder_that_the_host_refuses(
     operation(client, fh)
 
 
-def test_new_folder_that_cannot_be_opened_is_not_there(share: tuple[Path, Client], broken: Fault) -> None:
+@pytest.mark.parametrize("make", [lambda client: client.mkdir(b"new"), lambda client: client.symlink(b"new", b"file")])
+def test_what_cannot_be_opened_after_it_was_made_is_not_there(
+    share: tuple[Path, Client], broken: Fault, make: Callable[[Client], object]
+) -> None:
     folder, client = share
 
     with broken("os.open", errno.EMFILE), pytest.raises(OSError, match="Too many open files"):
-        client.mkdir(b"new")
+        make(client)
 
-    assert not (folder / "new").exists()
-    client.mkdir(b"new")
+    assert not os.path.lexists(folder / "new")
+    make(client)
 
 
 def test_shared_folder_without_room(share: tuple[Path, Client]) -> None:

@@ -76,6 +76,24 @@ def test_a_real_one(tmp_path: Path) -> None:
     assert RootDisk(disk).found == Found("ext4")
 
 
+@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no qemu-img: install qemu-utils")
+def test_a_qcow2_image_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    raw = image(tmp_path / "disk", at_446=mbr((0x83, 2048)), at_1048576=b"hsqs")
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, tmp_path / "disk.qcow2"], check=True)
+
+    assert RootDisk(tmp_path / "disk.qcow2").found == Found("squashfs", 1)
+
+
+@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no qemu-img: install qemu-utils")
+def test_a_backing_file_is_not_opened(tmp_path: Path) -> None:
+    raw = image(tmp_path / "disk", at_0=b"hsqs")
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", raw, "-F", "raw", tmp_path / "disk.qcow2"]
+    subprocess.run(words, check=True)
+
+    with pytest.raises(ConfigError, match="which is opened only when asked for"):
+        RootDisk(tmp_path / "disk.qcow2")
+
+
 def test_the_first_partition_with_a_file_system(tmp_path: Path) -> None:
     disk = image(tmp_path / "disk", at_446=mbr((0x0C, 64), (0x83, 2048), (0x83, 4096)), at_1048576=b"hsqs")
 

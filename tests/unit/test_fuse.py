@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from racing import at_moment
+from scale import examples
 from shares import Client
 
 from kvmpy.core.errors import ConfigError, NotFoundError
@@ -972,7 +973,7 @@ ARGUMENTS = st.one_of(
 REQUESTS = st.lists(st.tuples(st.sampled_from([*Op]), SMALL, ARGUMENTS, st.integers(0, 600)), max_size=30)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(REQUESTS)
 def test_nothing_that_a_guest_sends_is_more_than_an_error(
     tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[Op, int, bytes, int]]

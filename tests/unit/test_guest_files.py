@@ -399,6 +399,28 @@ def test_links_that_lead_out_of_a_tree_together(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "tree/d") == ["up"]
 
 
+def test_hostile_77_links_that_lead_out_by_way_of_others(tmp_path: Path) -> None:
+    """Each is inside by its text; together they are two folders above the tree."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    links = (LNK, b"p/q/up", b"../.."), (LNK, b"p/q/x", b"up/../../../secret")
+    sent = tree((DIR, b"p", b""), (DIR, b"p/q", b""), *links)
+
+    with pytest.raises(GuestError, match="leads out"):
+        speaking(sent + END).get("/x", tmp_path / "a/b/tree")
+
+    assert not (tmp_path / "a/b/tree/p/q/x").exists()
+
+
+def test_links_that_stay_inside_are_kept(tmp_path: Path) -> None:
+    links = {b"p/q/up": b"../..", b"p/q/here": b".", b"p/file": b"q/..data", b"p/q/next": b"../r/s"}
+    sent = tree((DIR, b"p", b""), (DIR, b"p/q", b""), *[(LNK, name, target) for name, target in links.items()])
+
+    speaking(sent + END).get("/x", tmp_path / "tree")
+
+    assert {name: os.fsencode((tmp_path / "tree" / os.fsdecode(name)).readlink()) for name in links} == links
+
+
 def test_a_tree_that_writes_through_its_own_link(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "tree").mkdir()
