@@ -13,11 +13,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from subprocess import PIPE
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from .config import MachineConfig
 from .core import progress
@@ -35,6 +35,14 @@ VERDICT_SECONDS = 2.0  # from a connection's end to that of the machine, if that
 REPORTED = (Reason.PANIC, Reason.TRIPLE_FAULT, Reason.CRASH, Reason.ERROR)
 HOST, NONE = "host", "none"
 NETWORKS = (NONE, "user")
+
+
+class Lock(Protocol):
+    """What locks a process in that is nothing but one sandbox, and makes its crash report; as `kvmpy run` does."""
+
+    def lock_down(self, machine: Machine) -> Callable[[str], None]: ...
+
+    def report(self, machine: Machine, stop: Stop) -> tuple[str, str]: ...
 
 
 class Sandbox:
@@ -114,13 +122,13 @@ class Sandbox:
     ) -> None:
         self.close()
 
-    def start(self) -> Self:
-        """Boot, and wait until commands can be run."""
+    def start(self, lock: Lock | None = None) -> Self:
+        """Boot, and wait until commands can be run. With a `lock`, the process is locked in for good meanwhile."""
         if self._keeper is not None:
             raise ConfigError("this sandbox was started before", "make another one")
         try:
             with progress.working("starting a machine"):
-                self._boot()
+                self._boot(lock)
         except BaseException:
             self.close()
             raise
@@ -206,7 +214,7 @@ class Sandbox:
 
     # Inside.
 
-    def _boot(self) -> None:
+    def _boot(self, lock: Lock | None) -> None:
         machine = self.machine
         machine.add(self._vsock)
         if self._network != NONE:
@@ -216,8 +224,8 @@ class Sandbox:
         elif self._published:
             raise ConfigError("ports cannot be published without a network", 'give network="user" (--net user)')
         self._vsock.listen(PORT, self._greeted)
-        machine.start()
-        self._keeper = threading.Thread(target=self._keep, name="kvmpy-keeper", daemon=True)
+        machine.start(None if lock is None else lambda: lock.lock_down(machine))
+        self._keeper = threading.Thread(target=self._keep, args=(lock,), name="kvmpy-keeper", daemon=True)
         self._keeper.start()
         if not self._ready.wait(self._start_timeout):
             raise self._start_failed(f"the guest was not ready within {self._start_timeout:g} s")
@@ -236,14 +244,17 @@ class Sandbox:
         stream.close()
         self._ready.set()
 
-    def _keep(self) -> None:
-        """Wait for the machine's end; then tell those who wait for the guest."""
+    def _keep(self, lock: Lock | None) -> None:
+        """Wait for the machine's end; then tell those who wait for the guest, whatever goes wrong meanwhile."""
         machine = self.machine
-        stop = machine.wait()
-        if stop.reason in REPORTED:
-            from .report import crash_report
-
-            self.report = crash_report(machine, stop)
+        stop: Stop | None = None
+        try:
+            stop = machine.wait()
+            if stop.reason in REPORTED:
+                self.report = crash_report(machine, stop) if lock is None else lock.report(machine, stop)[0]
+        except BaseException as error:  # the thread's last guard: who waits for the guest would wait for ever
+            stop = stop or Stop(Reason.ERROR, f"{type(error).__name__}: {error}", cause=error)
+            self.report = self.report or f"no report: {type(error).__name__}: {error}"
         self.stopped = stop
         self._ended.set()
         with self._vsock.lock:
@@ -255,6 +266,12 @@ class Sandbox:
         error = GuestLost(what + (f": {said[-1].strip()}" if said else ""))
         error.stage, error.stop, error.report = "start", self.stopped, self.report
         return error
+
+
+def crash_report(machine: Machine, stop: Stop) -> str:
+    from . import report  # needed when something is wrong
+
+    return report.crash_report(machine, stop)
 
 
 class _Door:

@@ -54,6 +54,14 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> int:
     """Run the verb that `argv` begins with; errors become one line on standard error and their status."""
+    status = _run(argv)
+    locked = sys.modules.get("kvmpy.cli.locked")
+    if locked is not None:
+        locked.leave(status)
+    return status
+
+
+def _run(argv: list[str]) -> int:
     _open_missing_standard_streams()
     try:
         try:

@@ -31,7 +31,7 @@ from . import settings, tell
 if TYPE_CHECKING:
     from .locked import Lock
 
-OFF = "off"  # of --sandbox
+OFF, DEFAULT = "off", "default"  # of --sandbox
 STATUS = {
     Reason.POWEROFF: 0,
     Reason.RESET: 0,
@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--json", action="store_true", help="print the outcome, console text included, as JSON")
     add("-v", "--verbose", action="count", default=0, help="tell what is done and why; twice: every unmapped access")
-    add("--sandbox", metavar="LEVEL", default=OFF, help="how kvmpy locks itself in: strict, default or off (default)")
+    level = "how kvmpy locks itself in: strict, default (default) or off"
+    add("--sandbox", metavar="LEVEL", default=DEFAULT, help=level)
     add("-q", "--quiet", action="store_true", help="no crash report")
 
 
@@ -70,11 +71,10 @@ def run(args: argparse.Namespace) -> int:
     kind, path = endpoint.parse(serial)
     lock = make_lock(args.sandbox, json=args.json)
     try:
-        status = boot(args, config, kind, path, timeout, lock)
+        return boot(args, config, kind, path, timeout, lock)
     finally:
         if lock is not None:
             lock.close()
-    return status if lock is None else lock.leave(status)
 
 
 def boot(

@@ -47,6 +47,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-w", "--workdir", metavar="DIR", help="working directory (default with --root host: the current one)")
     add("-u", "--user", metavar="USER[:GROUP]", default="", help="who runs the command (default root)")
     add("--timeout", metavar="S", help="kill the command after S seconds, with status 124")
+    level = "how kvmpy locks itself in: default (default) or off"
+    add("--sandbox", metavar="LEVEL", default=boot.DEFAULT, help=level)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,8 +78,9 @@ def execute(args: argparse.Namespace, command: list[str], *, tty: bool) -> int:
         user=args.user,
     )
     relay.starting()
+    lock = boot.make_lock(args.sandbox, json=False)
     try:
-        with sandbox:
+        with sandbox.start(lock):
             pipes = {"tty": relay.terminal_size()} if tty else {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
             with sandbox.popen(*command, **pipes) as process:
                 return relay.Relay(process, tty=tty).run(timeout)
@@ -85,6 +88,9 @@ def execute(args: argparse.Namespace, command: list[str], *, tty: bool) -> int:
         lines = sandbox.logs().splitlines()[-TAIL:]
         tell("\n".join([f"kvmpy: {printable(str(error))}", *(f"| {printable(line)}" for line in lines)]))
         return error.status
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def variables(texts: list[str]) -> dict[str, str]:

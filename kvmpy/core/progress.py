@@ -16,6 +16,7 @@ CLEAR = "\r\x1b[K"
 
 _at_work = threading.Lock()  # held while something is told: what is done within says nothing of its own
 _shown = False
+_telling: tuple[threading.Event, threading.Thread] | None = None
 
 
 def show() -> None:
@@ -29,18 +30,29 @@ def show() -> None:
 def working(title: str) -> Iterator[None]:
     """While the block runs, tell `title` and for how many seconds. The thread that does so is there since the work may
     be one long call."""
+    global _telling
     if not _shown or not _at_work.acquire(blocking=False):
         yield
         return
     done = threading.Event()
     thread = threading.Thread(target=_tell, args=(title, done), name="kvmpy-progress", daemon=True)
     thread.start()
+    _telling = done, thread
     try:
         yield
     finally:
+        hush()
+        _at_work.release()
+
+
+def hush() -> None:
+    """No more is told of the work at hand: there is no thread of ours any more. For a process that locks itself in."""
+    global _telling
+    if _telling is not None:
+        done, thread = _telling
+        _telling = None
         done.set()
         thread.join()
-        _at_work.release()
 
 
 def _tell(title: str, done: threading.Event) -> None:
