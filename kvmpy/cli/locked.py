@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.machinery import BuiltinImporter, FrozenImporter
 
 from ..core import progress
 from ..core.board import Stop
@@ -58,6 +59,7 @@ class Lock:
         )
         jail.lock()
         Lock.locked = True
+        sys.meta_path[:] = [BuiltinImporter, FrozenImporter, _NothingLoads]
         if jail.missing:
             log.warning(f"the sandbox is incomplete: {'; '.join(jail.missing)}")
         log.info("locked in", sandbox=self._level, in_force=", ".join(jail.in_force))
@@ -69,6 +71,18 @@ class Lock:
 
     def close(self) -> None:
         self._steward.close()
+
+
+class _NothingLoads:
+    """In place of the search for files of modules."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        raise ModuleNotFoundError(
+            f'"{name}" cannot be loaded: kvmpy is locked in; import it where the file of the device begins, '
+            "or use --sandbox off",
+            name=name,
+        )
 
 
 def leave(status: int) -> None:

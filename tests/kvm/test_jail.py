@@ -183,6 +183,21 @@ def test_a_device_that_fails_is_told_with_its_source(image: Callable[[str], Path
     assert "with lock:" in done.stderr or "_write" in done.stderr or "vcpu.py" in done.stderr
 
 
+def test_a_device_that_imports_late_is_told_what_to_do(image: Callable[[str], Path], level: str, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(
+        "import kvmpy\n\n\nclass Late(kvmpy.RegisterDevice, span=1):\n    VALUE = kvmpy.Reg(0)\n\n"
+        "    def __init__(self) -> None:\n        pass\n\n"
+        "    def attach(self, board):\n        board.pio(0x5E0, self.SPAN, self)\n\n"
+        "    def write_VALUE(self, value):\n        import wave\n"
+    )
+
+    done = boot("--sandbox", level, "--device", f"{tmp_path}/late.py:Late", image(PROBE))
+
+    assert done.returncode == 255
+    assert '"wave" cannot be loaded: kvmpy is locked in; import it where the file of the device begins' in done.stderr
+    assert "ud2" not in done.stderr
+
+
 def test_a_signal_ends_it(image: Callable[[str], Path], level: str) -> None:
     command = [sys.executable, "-m", "kvmpy", "boot", "--mem", "1M", "--sandbox", level, str(image(SAY_HI + SPIN))]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
