@@ -163,7 +163,7 @@ class Machine:
             for vcpu in self.vcpus:
                 vcpu.join(JOIN_SECONDS)
             self._flush_console(deadline)
-            self.stopped = self._verdict(self._stops[0])
+            self.stopped = self._verdict(self._why())
             self.console.finish(str(self.stopped))
         return self.stopped
 
@@ -430,11 +430,14 @@ class Machine:
         """Let the host take the last output: a slow reader gets all the time it needs after an orderly end, unless
         somebody asks for a stop again; else it gets a moment."""
         asked = len(self._stops)
-        orderly = self._stops[0].reason in ORDERLY
         while not self.console.flush(JOIN_SECONDS):
             late = deadline is not None and time.monotonic() > deadline
-            if not orderly or late or len(self._stops) > asked:
+            if self._why().reason not in ORDERLY or late or len(self._stops) > asked:
                 return
+
+    def _why(self) -> Stop:
+        """The first request for a stop; but an exception of ours is told, whatever else has happened."""
+        return next((stop for stop in self._stops if stop.cause is not None), self._stops[0])
 
     def _verdict(self, stop: Stop) -> Stop:
         """What the request means: a reset right after a panic message is a panic; a power-off right after a status on

@@ -13,7 +13,7 @@ from collections import deque
 from types import TracebackType
 from typing import Any, Self
 
-from .core.errors import ConfigError, KvmpyError, TimedOut
+from .core.errors import ConfigError, TimedOut
 from .sandbox import Sandbox
 
 MAX_SIZE = 1024
@@ -32,7 +32,7 @@ class SandboxPool:
         self.size = size
         self._options = options
         self._change = threading.Condition()
-        self._ready: deque[Sandbox | KvmpyError] = deque()
+        self._ready: deque[Sandbox | Exception] = deque()
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -71,7 +71,7 @@ class SandboxPool:
                     continue
                 item = self._ready.popleft()
                 self._change.notify_all()
-                if isinstance(item, KvmpyError):
+                if isinstance(item, Exception):
                     raise item
                 if item.stopped is None:
                     return item
@@ -95,13 +95,13 @@ class SandboxPool:
                 self._change.wait_for(lambda: self._closing or len(self._ready) < self.size)
                 if self._closing:
                     return
-            item: Sandbox | KvmpyError
+            item: Sandbox | Exception
             try:
                 item = Sandbox(**self._options).start()
-            except KvmpyError as error:
+            except Exception as error:  # the thread's guard, too: who waits for a sandbox would wait for ever
                 item = error
             with self._change:
-                if isinstance(item, KvmpyError):  # for who waits now or comes next; no use to fill the pool with it
+                if isinstance(item, Exception):  # for who waits now or comes next; no use to fill the pool with it
                     self._ready.append(item)
                     self._change.notify_all()
                     self._change.wait_for(lambda: self._closing or not self._ready)

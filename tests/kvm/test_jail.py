@@ -183,7 +183,9 @@ def test_a_device_that_fails_is_told_with_its_source(image: Callable[[str], Path
     assert "with lock:" in done.stderr or "_write" in done.stderr or "vcpu.py" in done.stderr
 
 
-def test_a_device_that_imports_late_is_told_what_to_do(image: Callable[[str], Path], level: str, tmp_path: Path) -> None:
+def test_a_device_that_imports_late_is_told_what_to_do(
+    image: Callable[[str], Path], level: str, tmp_path: Path
+) -> None:
     (tmp_path / "late.py").write_text(
         "import kvmpy\n\n\nclass Late(kvmpy.RegisterDevice, span=1):\n    VALUE = kvmpy.Reg(0)\n\n"
         "    def __init__(self) -> None:\n        pass\n\n"

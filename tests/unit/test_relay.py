@@ -17,17 +17,22 @@ from agents import LIMIT, NativeAgent, build, running
 
 # `kvmpy run` without the machine: SOCKET TTY TIMEOUT CMD...
 PROGRAM = """
-import socket, sys
+import os, socket, sys
 from subprocess import PIPE
 from kvmpy.cli import relay
 from kvmpy.core.errors import KvmpyError
 from kvmpy.guest.client import Agent
+from kvmpy.guest.process import Process
 
 def connect():
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(sys.argv[1])
     return connection
 
+for mistake in os.environ.get("MISTAKE_IN", "").split():
+    def fail(*words):
+        raise ZeroDivisionError("on purpose")
+    setattr(Process, mistake, fail)
 relay.starting()
 tty, timeout = sys.argv[2] == "tty", float(sys.argv[3])
 pipes = {"tty": relay.terminal_size()} if tty else {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
@@ -197,3 +202,13 @@ def test_terminal(start: Start) -> None:
     assert termios.tcgetattr(theirs) == before
     os.close(ours)
     os.close(theirs)
+
+
+@pytest.mark.parametrize("mistake", ["wait", "write_input"])
+def test_a_mistake_in_a_thread_ends_it(start: Start, mistake: str) -> None:
+    process = start("sh", "-c", "cat; sleep 100", env={**os.environ, "MISTAKE_IN": mistake})
+
+    _, told = process.communicate(b"something", LIMIT)
+
+    assert process.returncode == 1
+    assert b"ZeroDivisionError: on purpose" in told
