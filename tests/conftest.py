@@ -16,6 +16,8 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, print_b
 settings.load_profile("repeatable")
 
 KVM_LEVEL = Path(__file__).parent / "kvm"
+# Seconds, on a machine that is ten times as slow as an idle one; then the stacks of all threads, and a failure.
+LIMITS = {"tests": 120, "unit": 120, "kvm": 180, "linux": 400}
 
 
 def kvm_missing() -> str:
@@ -29,6 +31,9 @@ def kvm_missing() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in LIMITS and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LIMITS[item.path.parent.name]))
     level = [item for item in items if KVM_LEVEL in item.path.parents]
     missing = kvm_missing() if level else ""
     for item in level:
