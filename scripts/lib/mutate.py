@@ -3,8 +3,8 @@
 
     scripts/lib/mutate.py [-j N] [--seconds S] [NAME...]     NAME: a key of TARGETS; default all
 
-A check is an `if` that leads to an error or an early end, a bound of a loop, or a min() or max(). It is taken out,
-made off by one in each of its comparisons, or loses one of its arguments. Each change is made in a copy of the
+A check is an `if`, the bound of a loop, or a min() or max(). It is taken out where it leads to an early end, made off
+by one in each of its comparisons, or loses one of its parts. Each change is made in a copy of the
 checkout, whose tests for that module then run until the first fails. What survives is either tested by nothing, or
 makes no difference: that is for people to say.
 """
@@ -84,12 +84,17 @@ def mutants(path: Path) -> Iterator[Mutant]:
         return Mutant(path, node.lineno, *place(node), text)
 
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.If) and isinstance(node.body[-1], ENDS) and not typing_only(node):
-            yield made(node.test, "False")
+        if isinstance(node, ast.If) and not typing_only(node):
+            if isinstance(node.body[-1], ENDS):
+                yield made(node.test, "False")
+                if isinstance(node.body[-1], ast.Return) and node.body[-1].value is not None:
+                    yield made(node.test, "True")
             yield from weaker(node.test, source, place, path)
             if isinstance(node.test, ast.BoolOp):
                 constant = "False" if isinstance(node.test.op, ast.Or) else "True"
                 yield from (made(part, constant) for part in node.test.values)
+        elif isinstance(node, ast.Return) and isinstance(node.value, ast.Compare | ast.BoolOp):
+            yield from weaker(node.value, source, place, path)
         elif isinstance(node, ast.While) and not isinstance(node.test, ast.Constant):
             yield from weaker(node.test, source, place, path)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("min", "max") and len(node.args) == 2:
