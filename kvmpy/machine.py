@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
 
-from .boot import cmdline, initrd, loader
+from .boot import cmdline, loader
 from .boot.spec import BootSpec, EntryPoint, Mode
 from .config import MachineConfig
 from .console import BATCH, OUTPUT_LIMIT, Console, Endpoint
 from .core.board import Attachable, Reason, Stop
-from .core.errors import CannotRunKernels, ConfigError, HostError, ImageError
+from .core.errors import CannotRunKernels, ConfigError, ImageError
 from .core.events import EventLoop
 from .core.log import log
-from .core.memory import GuestMemory
 from .core.outbox import Outbox
 from .core.pure import PURE
+from .core.typed import TYPE_CHECKING, Any, Self
 from .devices.acpi_ged import AcpiGed
 from .devices.acpi_pm import AcpiPm
 from .devices.boot_timer import BootTimer
@@ -37,9 +34,9 @@ from .devices.postcode import PostCodes
 from .devices.pvpanic import Pvpanic
 from .devices.reset_control import ResetControl
 from .devices.serial import Serial
+from .foundation import Foundation
 from .kvm.fast import FastOutbox
 from .kvm.handle import Kvm, Vcpu
-from .kvm.probe import runs_ring0_natively
 from .kvm.state import Regs, Sregs
 from .mainboard import MainBoard
 from .vcpu import VcpuThread
@@ -64,6 +61,8 @@ ROOT, ROOT_TAG = "kvmpy.root=root", "root"
 EXIT_MARKER = r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z"  # guests/init.c
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .virtio.console import VirtioConsole
 
 MakeEndpoint = Callable[[EventLoop, Console], Endpoint | None]
@@ -73,12 +72,18 @@ class Machine:
     """A KVM virtual machine: `with Machine(kernel=..., mem="512M") as vm:` boots it; leaving the block ends it.
 
     Options are those of MachineConfig.of. Attach devices of your own with `add` before the start.
-    `endpoint` makes the host's end of the console; without one, output is only kept for `console`.
+    `endpoint` makes the host's end of the console; without one, output is only kept for `console`. Who has
+    something else to do before the start begins a `foundation` for the same configuration; the machine closes it.
     Raises ConfigError, ImageError, NotFoundError, HostError or KvmError, before the guest's first instruction.
     """
 
     def __init__(
-        self, config: MachineConfig | None = None, *, endpoint: MakeEndpoint | None = None, **options: Any
+        self,
+        config: MachineConfig | None = None,
+        *,
+        endpoint: MakeEndpoint | None = None,
+        foundation: Foundation | None = None,
+        **options: Any,
     ) -> None:
         self.config = config or MachineConfig.of(**options)
         self.stopped: Stop | None = None
@@ -93,6 +98,9 @@ class Machine:
         self._stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._undo = ExitStack()
         self._undo.callback(self._close_stop_event)
+        self._foundation = foundation
+        if foundation is not None:
+            self._undo.callback(foundation.close)
         self.loop = EventLoop("io", self._loop_failed)
         self._undo.callback(self.loop.stop)
         self._console_loop = EventLoop("console", self._loop_failed)
@@ -126,11 +134,15 @@ class Machine:
         each thread before it does anything, with its role: "loop" or "vcpu". See kvmpy.jail.
         """
         try:
+            if self._foundation is None:
+                self._foundation = Foundation(self.config)
+                self._undo.callback(self._foundation.close)
             image = loader.read_image(self.config.kernel or _find_kernel())
             linux = loader.plan(image, self.config.boot).protocol in LINUX_PROTOCOLS
-            self._create_vm()
-            if linux and not runs_ring0_natively(self.kvm):
-                raise CannotRunKernels()
+            self._foundation.await_it()
+            self.kvm, self.memory, self.vm = self._foundation.kvm, self._foundation.memory, self._foundation.vm
+            if linux:
+                _require_ring0(self.kvm)
             self._create_devices()
             self._create_vcpus()
             self._load(image, linux)
@@ -240,30 +252,6 @@ class Machine:
 
     # The steps of `start`.
 
-    def _create_vm(self) -> None:
-        """KVM, its fixed pages and controllers, and the guest's RAM."""
-        self.kvm = Kvm()
-        self._undo.callback(self.kvm.close)
-        self.kvm.require()
-        cpuid.check_cpus(self.config.cpus)
-        limit = cpu_limit(self.kvm)
-        if self.config.cpus > limit:
-            raise ConfigError(
-                f"{self.config.cpus} CPUs are more than this host's KVM takes", f"use --cpus {limit} or less"
-            )
-        _check_memory(self.config.mem)
-        self.memory = GuestMemory.allocate(layout.ram(self.config.mem))
-        self._undo.callback(self.memory.close)
-        self.vm = self.kvm.create_vm()
-        self._undo.callback(self.vm.close)
-        self.vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
-        self.vm.set_tss_addr(layout.KVM_TSS)
-        self.vm.create_irqchip()
-        self.vm.mask_pics()
-        self.vm.create_pit()
-        for slot, region in enumerate(self.memory.regions):
-            self.vm.set_memory(slot, region.gpa, region.buf)
-
     def _create_devices(self) -> None:
         """The board, the platform's devices and the user's."""
         self.board = MainBoard(self.vm, self.memory, self.loop, self.stop, pci=self.config.transport == "pci")
@@ -298,13 +286,8 @@ class Machine:
 
             devices += [catalogue.make(text) for text in self.config.devices]
         if self.config.root is not None:
-            from .virtio.fs import Fs
-
-            devices.append(Fs(path=self.config.root, tag=ROOT_TAG, ro=True))
-        if self.config.volumes:
-            from .virtio.fs import Fs
-
-            devices += [Fs(path=volume.host, tag=tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
+            devices.append(_share(self.config.root, ROOT_TAG, ro=True))
+        devices += [_share(volume.host, tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
         for device in devices:
             device.attach(self.board)
 
@@ -384,6 +367,8 @@ class Machine:
         if self.config.exec is not None and (self.config.initrd is not None or not linux):
             raise ConfigError("--exec needs Linux and the built-in initramfs", "leave --initrd out, or --exec")
         if self.config.initrd is not None:
+            from .boot import initrd
+
             return initrd.read(self.config.initrd, self.config.mem)
         if not linux:
             return b""
@@ -392,11 +377,11 @@ class Machine:
         wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
         if self.config.root is not None:
             wanted.append("overlay")
-        modules_dir = self.config.modules_dir
+        modules_dir: str | Path | None = self.config.modules_dir
         if modules_dir is None and wanted:
             from .boot import kernels
 
-            modules_dir = kernels.modules_dir_for(Path(image.path))
+            modules_dir = kernels.modules_dir_for(image.path)
         if modules_dir is None:  # a kernel without modules has its drivers built in
             if self.board.modules:
                 _warn_of_missing_drivers(image, self.board.modules)
@@ -443,6 +428,8 @@ class Machine:
         """What the request means: a reset right after a panic message is a panic; a power-off right after a status on
         the console, which init writes where it may not use ports, gives that status; Linux does not halt unasked."""
         if stop.reason is Reason.POWEROFF and self.config.exec is not None:
+            import re
+
             marker = re.search(EXIT_MARKER, self.console.text)
             if marker:
                 return Stop(Reason.EXIT, f"status {marker[1]}", status=int(marker[1]))
@@ -462,15 +449,25 @@ class Machine:
         self.stop(Stop(Reason.ERROR, f"{type(error).__name__} in a device: {error}", cause=error))
 
 
-def _find_kernel() -> Path:
+def _share(folder: str, tag: str, *, ro: bool) -> Attachable:
+    from pathlib import Path  # not needed by most
+
+    from .virtio.fs import Fs
+
+    return Fs(path=Path(folder), tag=tag, ro=ro)
+
+
+def _require_ring0(kvm: Kvm) -> None:
+    from .kvm.probe import runs_ring0_natively  # tiny guests get along without
+
+    if not runs_ring0_natively(kvm):
+        raise CannotRunKernels()
+
+
+def _find_kernel() -> str:
     from .boot import kernels  # not needed by those who name one
 
-    return kernels.find_kernel()
-
-
-def cpu_limit(kvm: Kvm) -> int:
-    """How many vCPUs a machine can have on this host."""
-    return min(kvm.check("KVM_CAP_MAX_VCPUS"), kvm.check("KVM_CAP_MAX_VCPU_ID"))
+    return str(kernels.find_kernel())
 
 
 def _halted_for_good(thread: VcpuThread) -> bool:
@@ -493,18 +490,9 @@ def _warn_of_missing_drivers(image: loader.KernelImage, wanted: list[str]) -> No
     if missing:
         from .boot import kernels
 
-        folders = kernels.modules_dirs(Path(image.path))
+        folders = kernels.modules_dirs(image.path)
         none = f"there is no {' or '.join(map(str, folders))}" if folders else "it tells no version to find modules by"
         log.warning(
             f"kernel {image.path} has no {', '.join(missing)} built in, and {none}; "
             "give the folder of its modules with --modules-dir, or an --initrd that has them"
-        )
-
-
-def _check_memory(size: int) -> None:
-    """Refuse RAM that the host cannot have: the kernel's OOM killer gives no error message."""
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > host:
-        raise HostError(
-            f"{size >> 20} MiB of memory are more than the {host >> 20} MiB of this host", "use less with --mem"
         )

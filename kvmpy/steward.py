@@ -16,14 +16,15 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .core.board import Stop
 from .core.errors import HostError
+from .core.typed import TYPE_CHECKING, Any, NoReturn
 from .remains import causes, gather
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .machine import Machine
 
 LENGTH = struct.Struct("<Q")
@@ -127,6 +128,8 @@ def _exactly(pipe: int, size: int, deadline: float | None) -> bytes:
 def serve(said: str) -> NoReturn:
     """The shell's Python: standard input has the orders, standard output takes the answer; `said` is the first line,
     which was written before the guest ran."""
+    from pathlib import Path
+
     orders, answers = 0, 1
     try:
         names = marshal.loads(_receive(orders)) if said == "names" else []
@@ -161,6 +164,7 @@ def _report(orders: int, answers: int, raised: bytes) -> NoReturn:
 def _written(orders: int, raised: str) -> str:
     """The facts in a line, then the report."""
     import json
+    from typing import cast
 
     import capstone  # noqa: F401 - what evidence loads when it needs it
 
@@ -194,7 +198,7 @@ def _trace(packed: str) -> str:
     """As Python prints exceptions, with lines only of our own source: no other file is read for the master."""
     import linecache
 
-    ours = f"{Path(__file__).parent}{os.sep}"
+    ours = f"{os.path.dirname(__file__)}{os.sep}"  # noqa: PTH120
     lines = []
     for line in packed.split("\n") if packed else []:
         file, number, function = (*line.split(SEPARATOR), "", "")[:3]

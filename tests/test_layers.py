@@ -28,9 +28,10 @@ ALLOWED = {
     "console": {"core"},
     "mainboard": {"core", "kvm", "pci", "virtio", "x86.layout"},
     "vcpu": {"core", "kvm"},
+    "foundation": {"config", "core", "kvm", "x86"},
     "machine": {
-        "boot", "catalogue", "config", "console", "core", "devices", "host", "kvm", "mainboard", "vcpu", "virtio",
-        "x86",
+        "boot", "catalogue", "config", "console", "core", "devices", "foundation", "host", "kvm", "mainboard", "vcpu",
+        "virtio", "x86",
     },
     "evidence": {"core", "kvm", "machine", "remains", "vcpu", "x86"},
     "remains": {"core", "kvm", "x86.layout"},
@@ -43,8 +44,8 @@ ALLOWED = {
     "pool": {"core", "sandbox"},
     "pytest_plugin": {"core", "doctor", "kvm", "machine", "report", "sandbox"},
     "cli": {
-        "boot", "catalogue", "config", "console", "core", "doctor", "guest", "host", "jail", "kvm", "machine", "report",
-        "sandbox", "steward", "virtio",
+        "boot", "catalogue", "config", "console", "core", "doctor", "foundation", "guest", "host", "jail", "kvm",
+        "machine", "report", "sandbox", "steward", "virtio",
     },
 }  # fmt: skip
 FREE = {"__init__", "__main__", "_kvm_build", "_kvm_ioctls", "_virtqueue_build"}  # the facade, the command, the C

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import struct
 import sys
-from typing import Any
 
 from ..core import progress
 from ..core.errors import ImageError
+from ..core.typed import Any
 from ..core.wire import Buffer
 from ..x86.layout import GIB, MIB
-from . import cache, lzo
 
 MAX = GIB  # no kernel decompresses to more
 MAX_DICTIONARY = 256 * MIB  # LZMA decoder memory; kernels are made with dictionaries of up to 128 MiB
@@ -18,12 +17,13 @@ LZ4_BLOCK = 8 * MIB  # the legacy format's fixed block size (lz4's doc/lz4_Frame
 ZSTD_STEP = 4096  # bytes of input at a time: even if all were RLE blocks, they make 128 MiB, no more
 AGAIN = "the file is damaged or was not copied completely: get it again"
 
+LZO_MAGIC = b"\x89LZO\x00\r\n\x1a\n"
 MAGIC = {  # first bytes (boot.rst, payload_offset; lib/decompress.c)
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\x5d\x00\x00": "lzma",
     b"\xfd7zXZ\x00": "xz",
-    lzo.MAGIC: "lzo",
+    LZO_MAGIC: "lzo",
     b"\x02\x21\x4c\x18": "lz4",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
@@ -56,6 +56,8 @@ def decompress(data: memoryview, limit: int = MAX) -> bytes:
     if name in UNCACHED:
         content = _decompress(name, data, limit)
     else:
+        from . import cache
+
         content = cache.recall(data, lambda: _decompress(name, data, limit))
     if len(content) > limit:
         raise ImageError(f"its {name} data has more than {limit} bytes", AGAIN)
@@ -144,6 +146,8 @@ def _zstd_decoder() -> tuple[Any, type[Exception]]:
 
 
 def _lzo(data: memoryview, limit: int) -> tuple[bytes, bytes]:
+    from . import lzo
+
     content, end = lzo.decompress(data, limit)
     return content, bytes(data[end : end + 8])
 

@@ -1,6 +1,7 @@
 """The command line: one module for each verb, loaded when that verb is used.
 
-A verb's module has `add_arguments(parser)` and `run(args) -> int`; the first line of its docstring is its help.
+A verb's module has `run(args) -> int`, and `OPTIONS` (see options.py) or `add_arguments(parser)` for argparse. The
+first line of its docstring is its help.
 
 Exit statuses:
     0        the guest powered off, asked for a reset, or halted; or it was stopped with Ctrl-a x
@@ -17,19 +18,18 @@ Exit statuses:
 
 from __future__ import annotations
 
-import argparse
 import errno
 import gc
 import os
 import sys
 from functools import cache
-from importlib import import_module
 from types import ModuleType
-from typing import NoReturn
 
 from ..core import progress
 from ..core.errors import ConfigError, HostError, KvmpyError
 from ..core.text import escaped
+from ..core.typed import Any
+from . import options
 
 VERBS = {
     "run": "run a command in a fresh machine",
@@ -43,13 +43,6 @@ VERBS = {
 
 
 OUTPUT_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are ConfigErrors: one line, status 125."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, f"see `{self.prog} --help`")
 
 
 def main(argv: list[str]) -> int:
@@ -96,44 +89,27 @@ def _dispatch(argv: list[str]) -> int:
     verb = argv[0]
     if verb not in VERBS:
         raise ConfigError(f'no command "{verb}"', f"use one of {', '.join(VERBS)}")
-    module = _load(verb)
-    parser = Parser(
-        prog=f"kvmpy {verb}",
-        description=(module.__doc__ or "").strip(),
-        formatter_class=_formatter,
-        allow_abbrev=False,  # or a script that abbreviates breaks when an option is added
-    )
-    module.add_arguments(parser)
+    module = load(verb)
+    args: Any = options.read(argv[1:], module.OPTIONS) if hasattr(module, "OPTIONS") else None
+    if args is None:
+        from . import parser
+
+        args = parser.make(verb, module).parse_args(argv[1:])
     progress.show()
-    status: int = module.run(parser.parse_args(argv[1:]))
+    status: int = module.run(args)
     return status
 
 
-def _load(verb: str) -> ModuleType:
-    """The verb's module. What modules leave is no garbage: looking for some among it takes a tenth of a start."""
+def load(name: str) -> ModuleType:
+    """A module of this package. Modules leave no garbage: looking for some among them takes a tenth of a start."""
+    name = f"{__name__}.{name}"
     gc.disable()
     try:
-        return import_module(f".{verb}", __name__)
+        __import__(name)  # importlib.import_module takes half a millisecond to load
+        return sys.modules[name]
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    """argparse makes one for each option, and would ask each time how wide the terminal is."""
-    return argparse.RawDescriptionHelpFormatter(prog, width=_columns() - 2)
-
-
-@cache
-def _columns() -> int:
-    """As shutil.get_terminal_size, which takes milliseconds to load."""
-    said = os.environ.get("COLUMNS", "")
-    if said.isdecimal() and int(said):
-        return int(said)
-    try:
-        return os.get_terminal_size(1).columns or 80
-    except OSError:
-        return 80
 
 
 def _usage() -> str:

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.machinery import BuiltinImporter, FrozenImporter
 
 from ..core import progress
 from ..core.board import Stop
@@ -18,6 +17,8 @@ from ..jail.lock import LEVELS, Jail
 from ..machine import Machine
 from ..steward import Steward
 from . import null
+
+IN_PYTHON = ("BuiltinImporter", "FrozenImporter")  # what finds modules in no files
 
 
 def check_level(text: str) -> str:
@@ -45,7 +46,7 @@ class Lock:
             raise ConfigError(
                 f"a {type(reaching[0]).__name__} opens files or sockets while the guest runs", "use --sandbox default"
             )
-        _preload(with_json=self._with_json)
+        _preload(with_exec=machine.config.exec is not None, with_json=self._with_json)
         progress.hush()
         sockets = sys.modules.get("kvmpy.host.unix_socket")
         self._steward.seal(sockets.NAMES if sockets else ())
@@ -59,7 +60,8 @@ class Lock:
         )
         jail.lock()
         Lock.locked = True
-        sys.meta_path[:] = [BuiltinImporter, FrozenImporter, _NothingLoads]
+        sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "__name__", "") in IN_PYTHON]
+        sys.meta_path.append(_NothingLoads)
         if jail.missing:
             log.warning(f"the sandbox is incomplete: {'; '.join(jail.missing)}")
         log.info("locked in", sandbox=self._level, in_force=", ".join(jail.in_force))
@@ -95,9 +97,11 @@ def leave(status: int) -> None:
         os._exit(status)
 
 
-def _preload(*, with_json: bool) -> None:
+def _preload(*, with_exec: bool, with_json: bool) -> None:
     """Load what is loaded when it is needed: nothing can be, soon."""
     null()
+    if with_exec:
+        import re  # noqa: F401 - for the status of the command
     if with_json:
         import json  # noqa: F401
     if "kvmpy.virtio.blk" in sys.modules:

@@ -7,7 +7,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+
+from .typed import Any, NamedTuple, Protocol
 
 MAX_RESOLVED = 1 << 16  # a guest may touch every byte of every device; the memo of resolved addresses stays this small
 

@@ -6,7 +6,8 @@ An error is one line: what is wrong with which thing, then, after a semicolon, w
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, ClassVar
+
+from .typed import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from .board import Stop

@@ -11,7 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+
+from .typed import Any
 
 Callback = Callable[[], None]
 

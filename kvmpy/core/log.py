@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, MutableMapping
-from typing import Any
+
+from .typed import Any
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 BURST, PERIOD = 10, 5.0

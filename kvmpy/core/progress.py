@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -56,6 +55,8 @@ def hush() -> None:
 
 
 def _tell(title: str, done: threading.Event) -> None:
+    import signal
+
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     begin = time.monotonic()
     wait = PATIENCE

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from ..core.errors import ConfigError, HostError
+from ..core.errors import HostError
 from ..core.events import EventLoop
 from .stream import Reader, Writer
 from .tty import HELP, EscapeKeys, Key, RawTerminal, is_ours
@@ -16,7 +15,6 @@ Received = Callable[[bytes], None]
 Sent = Callable[[int], None]
 
 END_PERIOD = 1.0  # seconds
-KINDS = "stdio, null, pty, file=PATH or unix=PATH"
 
 
 class Stdio:
@@ -88,7 +86,7 @@ class Stdio:
 class File:
     """Output only, into a file that is made or emptied."""
 
-    def __init__(self, loop: EventLoop, path: Path, sent: Sent) -> None:
+    def __init__(self, loop: EventLoop, path: str, sent: Sent) -> None:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY, 0o644)
         except OSError as error:
@@ -140,13 +138,3 @@ class Pty:
         self._reader.pause()
         os.close(self._master)
         os.close(self._slave)
-
-
-def parse(text: str) -> tuple[str, Path | None]:
-    """The kind and path in an option such as `file=PATH`; raises ConfigError."""
-    kind, equals, path = text.partition("=")
-    if kind in ("stdio", "null", "pty") and not equals:
-        return kind, None
-    if kind in ("file", "unix") and path:
-        return kind, Path(path)
-    raise ConfigError(f'invalid console "{text}"', f"use {KINDS}")

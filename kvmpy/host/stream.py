@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from ..core.events import READ, WRITE, EventLoop
+from ..core.typed import TYPE_CHECKING, Any
 
 CHUNK = 4096  # read at a time; input that the guest is slow to take stays with the host
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-import termios
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+
+from ..core.later import later
+from ..core.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import termios
     from subprocess import Popen
+else:
+    (termios,) = later("", "termios")  # for those who have a terminal
 
 ESCAPE = 0x01  # Ctrl-a
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
 from .._kvm_ioctls import ffi, lib
 from ..core.errors import HostError
+from ..core.typed import TYPE_CHECKING
 from .bpf import assemble
 from .policy import filter_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LEVELS = ("strict", "default", "off")
 
@@ -42,6 +46,7 @@ LANDLOCK_CREATE_RULESET_VERSION = 1
 
 # What a Landlock ABI adds to what can be forbidden: (first ABI, file system, network, scopes). All of it is.
 LANDLOCK = ((1, 0x1FFF, 0, 0), (2, 0x2000, 0, 0), (3, 0x4000, 0, 0), (4, 0, 3, 0), (5, 0x8000, 0, 0), (6, 0, 0, 3))
+LEAVING = 1000  # milliseconds
 # What a device does in a folder that it shares: LANDLOCK_ACCESS_FS_READ_FILE and _READ_DIR; besides, all that changes
 # something but making devices, sockets and FIFOs.
 LANDLOCK_RULE_PATH_BENEATH = 1
@@ -162,13 +167,17 @@ def _longest_open() -> int:
 
 def _empty_world() -> str:
     """Namespaces of our own, with nothing in them; a step for a process of one thread."""
+    for _ in range(LEAVING):  # what Python has joined may not have left the process yet
+        if len(os.listdir("/proc/self/task")) == 1:
+            break
+        time.sleep(0.001)
     user, group = os.geteuid(), os.getegid()
     flags = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     _call("user namespaces", UNSHARE, flags)
     try:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
-        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
     except OSError as error:
         raise Unavailable(f"user namespaces: {error.strerror}") from None
     root, tmpfs, options = (bytearray(text + b"\0") for text in (b"/", b"tmpfs", b"size=4k,nr_inodes=2,mode=555"))

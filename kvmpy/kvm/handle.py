@@ -11,10 +11,10 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from .._kvm_ioctls import ffi, lib
 from ..core.errors import KvmError
+from ..core.typed import Any
 from .state import CpuidEntry, DescriptorTable, Regs, Segment, Sregs
 
 DEVICE = "/dev/kvm"

@@ -155,7 +155,7 @@ def test_lzop_file() -> None:
 
 
 def test_lzop_cut_off_everywhere() -> None:
-    for length in range(len(lzo.MAGIC), len(LZOP)):
+    for length in range(len(payload.LZO_MAGIC), len(LZOP)):
         with pytest.raises(ValueError, match=r"ends early|is damaged|wrong checksum"):
             lzo.decompress(memoryview(LZOP[:length]), 1 << 20)
 

@@ -210,9 +210,11 @@ def build() -> None:
 def make_venv() -> None:
     """An environment that has this checkout as if it were installed: an editable one takes longer to start."""
     venv = BUILD / "venv"
-    if not venv.exists():
+    python = interpreter()
+    if not venv.exists() or (venv / "bin/python").resolve() != python:
         fresh = BUILD / f"venv.{os.getpid()}"
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", fresh], check=True)
+        subprocess.run([python, "-m", "venv", "--without-pip", fresh], check=True)
+        shutil.rmtree(venv, ignore_errors=True)
         fresh.rename(venv)
     packages = next(venv.glob("lib/python*/site-packages"))
     paths = [ROOT, *(path for path in sys.path if path.endswith("site-packages"))]
@@ -220,6 +222,14 @@ def make_venv() -> None:
     script = venv / "bin/kvmpy"
     script.write_text(f"#!{venv}/bin/python\nimport sys\nfrom kvmpy.__main__ import main\nsys.exit(main())\n")
     script.chmod(0o755)
+
+
+def interpreter() -> Path:
+    """The distribution's Python, as QEMU is the distribution's: others are often built without optimisation. It takes
+    one of this version, for which the packages of this checkout are."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    ours = Path("/usr/bin") / name
+    return (ours if ours.exists() else Path(sys.executable)).resolve()
 
 
 def found(aios: tuple[str, ...] = (), *, real_mode: bool = False, unlocked: bool = False) -> Iterator[Contender]:
