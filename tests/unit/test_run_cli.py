@@ -48,7 +48,7 @@ def test_a_command_begins_in_the_current_folder(monkeypatch: pytest.MonkeyPatch,
 
 def test_root() -> None:
     assert kvmpy.Sandbox().machine.config.root == "/"
-    assert kvmpy.Sandbox(root="tree").machine.config.root == Path("tree")
+    assert kvmpy.Sandbox(root="tree").machine.config.root == "tree"
     assert kvmpy.Sandbox(root="none").machine.config.root is None
 
 
