@@ -42,6 +42,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=missing))
 
 
+# Several runs can share a level: each file is for the one that comes to it first.
+
+SHARED = os.environ.get("KVMPY_SHARE", "")  # a folder that all of them see; a file's name in it says that it is taken
+OURS: dict[str, bool] = {}  # whether a file of tests is for this run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if not SHARED:
+        return None
+    name = item.path.name
+    if name not in OURS:
+        try:
+            Path(SHARED, name).mkdir()
+            OURS[name] = True
+        except FileExistsError:
+            OURS[name] = False
+            LEVELS_THAT_RAN.add(item.path.parent.name)  # elsewhere
+    return None if OURS[name] else True
+
+
 # A level of which nothing ran, on a machine that is said to be able to run it, is a failure, not a pass.
 
 LEVELS_THAT_RAN: set[str] = set()
