@@ -60,12 +60,12 @@ CLOCKS = "clock_gettime getcpu gettimeofday time"  # where the host's clock cann
 DOORBELLS = "close epoll_ctl eventfd2 read write"  # a driver that sets up a PCI device makes and ends them
 
 # What a vCPU's thread does besides KVM_RUN: the registers of devices, and log lines.
-VCPU = f"{THREAD} {WHO} {CLOCKS} {MEMORY} {DOORBELLS} ioctl tgkill"
+VCPU = f"{THREAD} {WHO} {CLOCKS} {MEMORY} {DOORBELLS} clock_nanosleep ioctl nanosleep tgkill"
 
 # An event loop does the work of devices and the console: it moves bytes between descriptors that are open.
 LOOP = f"""
-    {VCPU} accept4 clock_nanosleep dup epoll_pwait epoll_pwait2 epoll_wait fadvise64 fallocate fcntl fdatasync flock
-    fstat fsync ftruncate getpeername getrandom getsockname getsockopt lseek nanosleep newfstatat poll pread64 preadv
+    {VCPU} accept4 dup epoll_pwait epoll_pwait2 epoll_wait fadvise64 fallocate fcntl fdatasync flock
+    fstat fsync ftruncate getpeername getrandom getsockname getsockopt lseek newfstatat poll pread64 preadv
     preadv2 pwrite64 pwritev pwritev2 readv recvfrom recvmsg sendmsg sendto setsockopt shutdown wait4 writev
 """
 

@@ -179,3 +179,19 @@ def test_a_file_cannot_grow_without_end(folders: list[Path]) -> None:
 
     assert found["a little"] == "None"
     assert "File too large" in found["a lot"]
+
+
+@pytest.mark.parametrize("where", ["work()", "threading.Thread(target=work).start()"])
+def test_an_exception_that_nobody_takes_is_still_told(where: str) -> None:
+    """Without the lines of the source, which cannot be read any more."""
+    program = (
+        "import threading\nfrom kvmpy.jail.lock import Jail\n"
+        "def work():\n    raise ZeroDivisionError('on purpose')\n"
+        f"Jail('default').lock()\n{where}\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS)
+
+    assert done.stderr.count("ZeroDivisionError: on purpose") == 1
+    assert "in work" in done.stderr
+    assert done.returncode == (1 if where == "work()" else 0)
