@@ -24,6 +24,7 @@ ALLOWED = {
     "virtio": {"core", "host", "pci", "_virtqueue"},
     "catalogue": {"core"},
     "testing": {"core", "pci", "virtio"},
+    "faults": {"core", "host", "virtio"},
     "config": {"core", "x86.layout"},
     "console": {"core"},
     "mainboard": {"core", "kvm", "pci", "virtio", "x86.layout"},

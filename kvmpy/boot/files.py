@@ -18,7 +18,8 @@ def read(path: str | os.PathLike[str], what: str, limit: int, remedy: str = "giv
     """The content of the regular file or pipe at `path`, at most `limit` bytes.
 
     `what` is the file's role in messages, `remedy` what to do when it is too large. A regular file is mapped, not
-    read: of a vmlinux with debug information, a tenth is ever looked at. It must not be truncated while in use.
+    read: of a vmlinux with debug information, a tenth is ever looked at. Where somebody truncates it meanwhile, SIGBUS
+    ends the process; the command line has that explained (kvm.handle.explain_bus_errors).
     Raises NotFoundError, HostError, ConfigError for what is no path, and ImageError when too large.
     """
     name = f"{what} {os.fspath(path)}"

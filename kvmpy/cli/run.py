@@ -13,6 +13,7 @@ from subprocess import PIPE
 
 from ..core.errors import ConfigError, GuestLost
 from ..core.text import printable
+from ..kvm.handle import explain_bus_errors
 from ..sandbox import HOST, NONE, Sandbox
 from . import boot, relay, tell
 
@@ -78,6 +79,7 @@ def execute(args: argparse.Namespace, command: list[str], *, tty: bool) -> int:
         user=args.user,
     )
     relay.starting()
+    explain_bus_errors()
     lock = boot.make_lock(args.sandbox, json=False)
     try:
         with sandbox.start(lock):

@@ -17,6 +17,7 @@ from ..core.typed import TYPE_CHECKING, Any
 from ..foundation import Foundation
 from ..host import endpoint
 from ..host.tty import Key
+from ..kvm.handle import explain_bus_errors
 from ..machine import Machine
 from . import tell
 
@@ -50,6 +51,7 @@ def run(
     foundation: Foundation,
 ) -> int:
     """Run the machine and tell how it ended; returns the exit status."""
+    explain_bus_errors()
     machine = Machine(
         config,
         endpoint=lambda loop, console: open_endpoint(kind, path, loop, console, machine),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 
 from .typed import Any
 
@@ -55,7 +56,8 @@ class Log:
         if count < BURST:
             if self._logger is None:
                 self._logger = _make_logger()
-            getattr(self._logger, level)(event, **fields)
+            with suppress(OSError, ValueError):  # it is full, or has gone: that must not stop a guest
+                getattr(self._logger, level)(event, **fields)
 
 
 class _Plain:
@@ -63,7 +65,8 @@ class _Plain:
 
     def __getattr__(self, level: str) -> Callable[..., None]:
         def write(event: str, **fields: object) -> None:
-            print(_line(None, level, {"level": level, "event": event} | fields), file=sys.stderr, flush=True)
+            if sys.stderr is not None:
+                print(_line(None, level, {"level": level, "event": event} | fields), file=sys.stderr, flush=True)
 
         return write
 
@@ -72,7 +75,7 @@ def _make_logger() -> Any:
     import structlog
 
     return structlog.wrap_logger(
-        structlog.PrintLogger(sys.stderr),
+        structlog.PrintLogger(sys.stderr) if sys.stderr is not None else structlog.ReturnLogger(),
         processors=[structlog.processors.add_log_level, _line],
     )
 

@@ -72,6 +72,8 @@ def open_image(path: Path, *, read_only: bool, cache: str, snapshot: bool, forma
         raise ConfigError(f'invalid cache "{cache}"', f"use {', '.join(CACHES)}")
     if format not in FORMATS:
         raise ConfigError(f'invalid disk format "{format}"', f"use {' or '.join(FORMATS)}")
+    if cache == "unsafe" and not (read_only or snapshot):
+        log.info(f"disk image {path} has cache=unsafe: the guest's flushes are ignored")
     if format == "qcow2":
         image = _open_qcow2(path, read_only or snapshot, cache, backing)
     elif backing:

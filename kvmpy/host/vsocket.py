@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.events import EventLoop
-from .unix_socket import listen_at, remove
+from .unix_socket import NO_ROOM_PERIOD, listen_at, remove
 
 BACKLOG = 128  # clients that have connected and wait for their turn
 LINE_LIMIT = 32  # bytes of a client's first line
 REQUEST = re.compile(rb"CONNECT ([0-9]{1,10})\r?\n")
-NO_ROOM_PERIOD = 0.1  # seconds until the next client is accepted, when there was no descriptor for one
 
 Called = Callable[[int, socket.socket], None]
 

@@ -55,7 +55,8 @@ IOCTLS = {
 MEMORY = "brk madvise mmap mprotect mremap munmap"  # mmap and mprotect have conditions
 # C libraries do not expect that these can fail, and take what they get for an answer.
 WHO = "getegid geteuid getgid getpgrp getpid gettid getuid"
-THREAD = "exit futex rt_sigprocmask rt_sigreturn sched_yield sigaltstack restart_syscall"
+# Threads end by themselves, or the process when a fault says so.
+THREAD = "exit exit_group futex rt_sigaction rt_sigprocmask rt_sigreturn sched_yield sigaltstack restart_syscall"
 CLOCKS = "clock_gettime getcpu gettimeofday time"  # where the host's clock cannot be read without a system call
 DOORBELLS = "close epoll_ctl eventfd2 read write"  # a driver that sets up a PCI device makes and ends them
 
@@ -71,8 +72,8 @@ LOOP = f"""
 
 # The whole process: the main thread starts the others, waits, takes signals, and takes the machine apart.
 PROCESS = f"""
-    {LOOP} clock_getres clone clone3 dup2 dup3 exit_group membarrier pipe2 ppoll
-    pselect6 rseq rt_sigaction sched_getaffinity seccomp set_robust_list waitid
+    {LOOP} clock_getres clone clone3 dup2 dup3 membarrier pipe2 ppoll
+    pselect6 rseq sched_getaffinity seccomp set_robust_list waitid
 """
 
 ROLES = {"process": PROCESS, "loop": LOOP, "vcpu": VCPU, "reporter": PROCESS}
