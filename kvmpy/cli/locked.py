@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from types import TracebackType
 
 from ..core import progress
 from ..core.board import Stop
@@ -18,6 +19,11 @@ from ..machine import Machine
 from ..steward import Steward
 from . import null
 
+# Where a module of ours is loaded: what it loads when it needs that.
+LATER = {
+    "kvmpy.virtio.balloon": ("ctypes",),
+    "kvmpy.cli.relay": ("re", "signal", "termios"),
+}
 IN_PYTHON = ("BuiltinImporter", "FrozenImporter")  # what finds modules in no files
 
 
@@ -62,6 +68,7 @@ class Lock:
         Lock.locked = True
         sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "__name__", "") in IN_PYTHON]
         sys.meta_path.append(_NothingLoads)
+        sys.excepthook = _fail
         if jail.missing:
             log.warning(f"the sandbox is incomplete: {'; '.join(jail.missing)}")
         log.info("locked in", sandbox=self._level, in_force=", ".join(jail.in_force))
@@ -87,6 +94,12 @@ class _NothingLoads:
         )
 
 
+def _fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of sys.excepthook."""
+    sys.__excepthook__(kind, error, trace)
+    leave(1)
+
+
 def leave(status: int) -> None:
     """The last thing to do: end the process if it is locked in and has threads. Python would end those with a library
     which it loads only then."""
@@ -100,13 +113,15 @@ def leave(status: int) -> None:
 def _preload(*, with_exec: bool, with_json: bool) -> None:
     """Load what is loaded when it is needed: nothing can be, soon."""
     null()
+    for ours, modules in LATER.items():
+        if ours in sys.modules:
+            for module in modules:
+                __import__(module)
     if with_exec:
-        import re  # noqa: F401 - for the status of the command
+        __import__("re")  # for the status of the command
     if with_json:
-        import json  # noqa: F401
-    if "kvmpy.virtio.blk" in sys.modules:
-        from ..host import syscalls
-
-        syscalls.load()  # for disks that discard
+        __import__("json")
+    if "kvmpy.host.syscalls" in sys.modules:
+        sys.modules["kvmpy.host.syscalls"].load()
     if not PURE and ("kvmpy.virtio.blk" in sys.modules or "kvmpy.virtio.net" in sys.modules):
         from ..virtio import twin  # noqa: F401

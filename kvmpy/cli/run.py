@@ -13,6 +13,7 @@ from subprocess import PIPE
 
 from ..core.errors import ConfigError, GuestLost
 from ..core.text import printable
+from ..host.tty import stand_by
 from ..kvm.handle import explain_bus_errors
 from ..sandbox import HOST, NONE, Sandbox
 from . import boot, relay, tell
@@ -81,6 +82,8 @@ def execute(args: argparse.Namespace, command: list[str], *, tty: bool) -> int:
     relay.starting()
     explain_bus_errors()
     lock = boot.make_lock(args.sandbox, json=False)
+    if tty and lock is not None:
+        stand_by(0)
     try:
         with sandbox.start(lock):
             pipes = {"tty": relay.terminal_size()} if tty else {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}

@@ -18,8 +18,12 @@ from agents import LIMIT, NativeAgent, build, running
 # `kvmpy run` without the machine: SOCKET TTY TIMEOUT CMD...
 PROGRAM = """
 import os, socket, sys
+from pathlib import Path
 from subprocess import PIPE
+from types import SimpleNamespace
 from kvmpy.cli import relay
+from kvmpy.cli.locked import Lock, leave
+from kvmpy.host.tty import stand_by
 from kvmpy.core.errors import KvmpyError
 from kvmpy.guest.client import Agent
 from kvmpy.guest.process import Process
@@ -35,6 +39,13 @@ for mistake in os.environ.get("MISTAKE_IN", "").split():
     setattr(Process, mistake, fail)
 relay.starting()
 tty, timeout = sys.argv[2] == "tty", float(sys.argv[3])
+if "LOCKED" in os.environ:  # as with a machine that has the host's files
+    lock = Lock("default", with_json=False)
+    if tty:
+        stand_by(0)
+    device = SimpleNamespace(reaches=True, folders=((Path("/"), False),), longest_file=0)
+    board, config = SimpleNamespace(virtio_devices=lambda: [device]), SimpleNamespace(exec=None)
+    lock.lock_down(SimpleNamespace(board=board, config=config))
 pipes = {"tty": relay.terminal_size()} if tty else {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
 try:
     with Agent(connect).popen(sys.argv[4:], **pipes) as process:
@@ -42,6 +53,7 @@ try:
 except KvmpyError as error:
     print(error, file=sys.stderr)
     status = error.status
+leave(status)
 sys.exit(status)
 """
 
