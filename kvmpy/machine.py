@@ -7,7 +7,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import TracebackType
 
@@ -43,6 +43,7 @@ from .vcpu import VcpuThread
 from .x86 import acpi, bios, cpuid, lapic, layout, longmode, mptable, msr
 
 JOIN_SECONDS = 1.0  # for a vCPU to come back from a device, and for the host to take the last output
+MAX_CAUSES = 16  # exceptions behind one another
 WATCH_SECONDS = 1.0  # how often a silent machine is looked at
 IDLE_SECONDS = 0.001  # of CPU time in that period: the vCPU did nothing
 MP_STATE_UNINITIALIZED, MP_STATE_HALTED = 1, 3  # KVM_MP_STATE_*
@@ -189,6 +190,8 @@ class Machine:
         if self.vcpus and self.stopped is None:
             self.stop(Stop(Reason.QUIT))
             self.wait()
+        for stop in self._stops:
+            _let_go(stop.cause)
         self._undo.close()
 
     def _outbox(self) -> Outbox | None:
@@ -462,6 +465,18 @@ def _require_ring0(kvm: Kvm) -> None:
 
     if not runs_ring0_natively(kvm):
         raise CannotRunKernels()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Have frames that an exception has left forget what they had in hand: with guest memory among it, that could not
+    be unmapped."""
+    for _ in range(MAX_CAUSES):
+        trace = error.__traceback__ if error is not None else None
+        while trace is not None:
+            with suppress(RuntimeError):  # it still runs
+                trace.tb_frame.clear()
+            trace = trace.tb_next
+        error = error and (error.__cause__ or error.__context__)
 
 
 def _find_kernel() -> str:

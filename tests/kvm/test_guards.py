@@ -78,12 +78,23 @@ def watch(device: Broken) -> None:
     device.board.loop.add(ready, failing, owner=device)
 
 
+def hold(device: Broken) -> None:
+    """With guest memory in hand, as a device at work for a driver has it."""
+    window = device.board.mem.window(0x1000, 16)
+    try:
+        fail()
+    finally:
+        window[0] = 1
+
+
 HARMS: dict[str, Callable[[Broken], object]] = {
     "a register, on a vCPU": fail,
     "a call on the io loop": lambda device: device.board.loop.call_soon(fail, owner=device),
     "a timer on the io loop": lambda device: device.board.loop.after(0.001, fail),
     "a descriptor on the io loop": watch,
     "the loop of one device": lambda device: device.own.call_soon(fail, owner=device),
+    "with guest memory in hand, on a vCPU": hold,
+    "with guest memory in hand, on the io loop": lambda device: device.board.loop.call_soon(lambda: hold(device)),
     "SystemExit on a vCPU": leave,
     "SystemExit on the io loop": lambda device: device.board.loop.call_soon(leave),
 }
