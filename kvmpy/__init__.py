@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .core.errors import KvmpyError as KvmpyError
     from .core.errors import NotFoundError as NotFoundError
     from .core.errors import TimedOut as TimedOut
+    from .core.errors import TooLarge as TooLarge
     from .core.regs import Bits as Bits
     from .core.regs import Device as Device
     from .core.regs import Field as Field
@@ -64,6 +65,7 @@ _HOMES = {
     "KvmpyError": "core.errors",
     "NotFoundError": "core.errors",
     "TimedOut": "core.errors",
+    "TooLarge": "core.errors",
     "Bits": "core.regs",
     "Device": "core.regs",
     "Field": "core.regs",

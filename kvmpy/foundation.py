@@ -32,8 +32,13 @@ class Foundation:
         except KvmpyError as error:
             self._error = error
             return
-        self._thread = threading.Thread(target=self._finish, name="kvmpy-foundation", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._finish, name="kvmpy-foundation", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the host has none for it: somebody will tell, who cannot do without
+            self._finish()
+        else:
+            self._thread = thread
 
     def await_it(self) -> None:
         """Raises ConfigError, HostError or KvmError for what went wrong since the beginning."""

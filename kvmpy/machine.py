@@ -16,7 +16,7 @@ from .boot.spec import BootSpec, EntryPoint, Mode
 from .config import MachineConfig
 from .console import BATCH, OUTPUT_LIMIT, Console, Endpoint
 from .core.board import Attachable, Reason, Stop
-from .core.errors import CannotRunKernels, ConfigError, ImageError
+from .core.errors import CannotRunKernels, ConfigError, ImageError, exhausted
 from .core.events import EventLoop
 from .core.log import log
 from .core.outbox import Outbox
@@ -57,7 +57,8 @@ LINUX_PROTOCOLS = ("pvh", "linux64", "decompressor")
 HVC = "console=hvc0"  # behind console=ttyS0: the last one is /dev/console
 QUIET = ("quiet", "loglevel=1")  # with --exec, the console is for the command's output, and for panics
 AGENT = "kvmpy.agent=only"  # guests/init.c, as the next one
-ROOT, ROOT_TAG = "kvmpy.root=root", "root"
+ROOT_WORD, ROOT_TAG = "kvmpy.root=", "root"
+ROOT = ROOT_WORD + ROOT_TAG
 
 EXIT_MARKER = r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z"  # guests/init.c
 
@@ -156,8 +157,10 @@ class Machine:
             self.boot_timer.start = self.post_codes.start = time.monotonic_ns()
             for vcpu in self.vcpus:
                 vcpu.start(in_vcpu)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if (lacking := exhausted(error)) is not None:
+                raise lacking from error
             raise
 
     def stop(self, why: Stop) -> None:
@@ -289,7 +292,7 @@ class Machine:
 
             devices += [catalogue.make(text) for text in self.config.devices]
         if self.config.root is not None:
-            devices.append(_share(self.config.root, ROOT_TAG, ro=True))
+            devices.append(_share(self.config.root, ROOT_TAG, ro=True, xattrs=False))
         devices += [_share(volume.host, tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
         for device in devices:
             device.attach(self.board)
@@ -377,9 +380,11 @@ class Machine:
             return b""
         from .boot import initramfs  # not needed by those who bring their own
 
+        disks = [word for word in self.board.words if word.startswith(ROOT_WORD)]  # virtio/root_disk.py
         wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
-        if self.config.root is not None:
-            wanted.append("overlay")
+        has_root = self.config.root is not None or bool(disks)
+        if has_root:
+            wanted += ["overlay", *(word.rpartition(":")[2] for word in disks)]
         modules_dir: str | Path | None = self.config.modules_dir
         if modules_dir is None and wanted:
             from .boot import kernels
@@ -391,7 +396,7 @@ class Machine:
             wanted = list(self.config.modules)
         return initramfs.build(
             exec=self.config.exec,
-            busybox="auto" if self.config.root is None else None,
+            busybox=None if has_root else "auto",
             modules=wanted,
             modules_dir=modules_dir,
             agent=self.config.agent,
@@ -452,12 +457,12 @@ class Machine:
         self.stop(Stop(Reason.ERROR, f"{type(error).__name__} in a device: {error}", cause=error))
 
 
-def _share(folder: str, tag: str, *, ro: bool) -> Attachable:
+def _share(folder: str, tag: str, *, ro: bool, xattrs: bool = True) -> Attachable:
     from pathlib import Path  # not needed by most
 
     from .virtio.fs import Fs
 
-    return Fs(path=Path(folder), tag=tag, ro=ro)
+    return Fs(path=Path(folder), tag=tag, ro=ro, xattrs=xattrs)
 
 
 def _require_ring0(kvm: Kvm) -> None:

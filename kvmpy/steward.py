@@ -58,7 +58,7 @@ class Steward:
         try:
             self._pid = os.posix_spawn(SHELL, [SHELL, "-c", WAIT, SHELL, *python], os.environ, file_actions=actions)
         except OSError as error:
-            raise HostError(f"cannot start {SHELL}: {error.strerror}", "use --sandbox off") from None
+            raise HostError(f"no process can be started: {error.strerror}", "raise the limit (ulimit -u)") from None
         finally:
             os.close(orders)
             os.close(answers)

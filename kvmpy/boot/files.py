@@ -8,7 +8,7 @@ import os
 import stat
 from contextlib import suppress
 
-from ..core.errors import ConfigError, HostError, ImageError, NotFoundError
+from ..core.errors import ConfigError, HostError, ImageError, NotFoundError, exhausted
 from ..x86.layout import MIB
 
 CHUNK = MIB
@@ -33,7 +33,7 @@ def read(path: str | os.PathLike[str], what: str, limit: int, remedy: str = "giv
     except PermissionError:
         raise HostError(f"{name}: permission denied", "make it readable (sudo chmod +r), or give a copy") from None
     except OSError as error:
-        raise HostError(f"{name}: {error.strerror}", "give a readable file") from None
+        raise exhausted(error) or HostError(f"{name}: {error.strerror}", "give a readable file") from None
 
 
 def _open(path: str | os.PathLike[str], what: str) -> io.FileIO:

@@ -22,11 +22,12 @@ import errno
 import gc
 import os
 import sys
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 
 from ..core import progress
-from ..core.errors import ConfigError, HostError, KvmpyError
+from ..core.errors import ConfigError, HostError, KvmpyError, exhausted
 from ..core.text import escaped
 from ..core.typed import Any
 from . import options
@@ -34,11 +35,19 @@ from . import options
 VERBS = {
     "run": "run a command in a fresh machine",
     "shell": "open a shell in a fresh machine",
+    "exec": "run a command in a machine that has a name",
+    "ps": "list the machines that have a name",
+    "cp": "copy files to and from a machine",
+    "logs": "print what the command of a machine has written",
+    "wait": "wait for the end of a machine",
+    "stop": "end machines",
+    "rm": "forget machines that have ended",
     "boot": "boot a kernel and connect to its console",
     "config": "print the machine that options describe, as YAML",
     "doctor": "tell what this host can do, and the remedy for what it cannot",
     "inspect": "tell how a kernel image can be booted",
     "initrd": "make an initramfs",
+    "completion": "print what a shell needs to complete kvmpy's words",
 }
 
 
@@ -64,6 +73,10 @@ def _run(argv: list[str]) -> int:
     _open_missing_standard_streams()
     try:
         try:
+            if "_ARGCOMPLETE" in os.environ:
+                from .completion import complete
+
+                complete(VERBS, load)
             return _dispatch(argv)
         finally:
             sys.stdout.flush()  # here, where an error can still be told; argparse leaves its help unflushed
@@ -75,8 +88,11 @@ def _run(argv: list[str]) -> int:
         return 128 + 13
     except KeyboardInterrupt:
         return 128 + 2
-    except OSError as error:
-        if error.errno not in OUTPUT_FAILURES:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (lacking := exhausted(error)) is not None:
+            _complain(f"kvmpy: {lacking}")
+            return lacking.status
+        if not isinstance(error, OSError) or error.errno not in OUTPUT_FAILURES:
             raise
         _abandon(1)
         _complain(f"kvmpy: cannot write to standard output: {error.strerror}; make room, or send it elsewhere")
@@ -120,7 +136,7 @@ def load(name: str) -> ModuleType:
 
 def _usage() -> str:
     lines = ["usage: kvmpy COMMAND [OPTIONS]", "", "A virtual machine monitor for x86-64 Linux.", "", "commands:"]
-    lines += [f"  {verb:<9} {text}" for verb, text in VERBS.items()]
+    lines += [f"  {verb:<11} {text}" for verb, text in VERBS.items()]
     return "\n".join([*lines, "", "`kvmpy COMMAND --help` tells more. Exit statuses are in the README."])
 
 
@@ -142,6 +158,18 @@ def tell(text: str, *, hurry: bool = False) -> None:
         print(text, file=sys.stderr)
     except OSError:
         _abandon(2)
+
+
+def each(names: Sequence[str], act: Callable[[str], None]) -> int:
+    """Do it to all of them, whatever fails; the status of the last failure."""
+    status = 0
+    for name in names:
+        try:
+            act(name)
+        except KvmpyError as error:
+            _complain(f"kvmpy: {error}")
+            status = error.status
+    return status
 
 
 def _has_room(fd: int) -> bool:

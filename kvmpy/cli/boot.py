@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 from ..core.errors import ConfigError
 from ..core.log import LEVELS, log
 from ..core.typed import TYPE_CHECKING
-from ..core.units import is_decimal
+from ..core.units import parse_seconds
 from ..foundation import Foundation
 from . import load, settings
 from .options import Option, switch
@@ -79,13 +79,3 @@ def terminal_words() -> list[str]:
         return []
     size = os.get_terminal_size(1)
     return [f"TERM={os.environ.get('TERM', 'linux')}", f"LINES={size.lines}", f"COLUMNS={size.columns}"]
-
-
-def parse_seconds(text: str | None) -> float | None:
-    """A time limit in seconds; raises ConfigError."""
-    if text is None:
-        return None
-    whole, point, part = text.partition(".")
-    if not is_decimal(whole, 9) or (point and not is_decimal(part, 9)) or float(text) == 0:
-        raise ConfigError(f'invalid time limit "{text}"', "use seconds, e.g. 10 or 0.5")
-    return float(text)

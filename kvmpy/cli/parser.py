@@ -27,11 +27,16 @@ def make(verb: str, module: ModuleType) -> Parser:
         formatter_class=_formatter,
         allow_abbrev=False,  # or a script that abbreviates breaks when an option is added
     )
+    fill(parser, module)
+    return parser
+
+
+def fill(parser: argparse.ArgumentParser, module: ModuleType) -> None:
+    """Teach it the verb's options."""
     if hasattr(module, "OPTIONS"):
         options.add_to(parser, module.OPTIONS)
     else:
         module.add_arguments(parser)
-    return parser
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -13,6 +12,7 @@ from ..config import MachineConfig
 from ..console import Console, Endpoint
 from ..core.board import Reason, Stop
 from ..core.events import EventLoop
+from ..core.signals import signal
 from ..core.typed import TYPE_CHECKING, Any
 from ..foundation import Foundation
 from ..host import endpoint
@@ -165,7 +165,9 @@ def _stopper(machine: Machine) -> Any:
     def handler(number: int, frame: FrameType | None) -> None:
         if not machine.started_at:
             raise SystemExit(128 + number)
-        machine.stop(Stop(Reason.SIGNAL, signal.Signals(number).name, status=number))
+        from signal import Signals
+
+        machine.stop(Stop(Reason.SIGNAL, Signals(number).name, status=number))
 
     return handler
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 
 from .bus import BusDevice
 from .cell import Cell
@@ -12,7 +11,7 @@ from .irq import IrqLine, Message
 from .memory import GuestMemory
 from .record import Record
 from .sink import Sink
-from .typed import Any, Protocol
+from .typed import Any, Enum, Protocol
 
 
 class Reason(Enum):

@@ -54,9 +54,9 @@ class Log:
         if event in self._windows or len(self._windows) < MAX_EVENTS:
             self._windows[event] = (start, count + 1)
         if count < BURST:
-            if self._logger is None:
-                self._logger = _make_logger()
             with suppress(OSError, ValueError):  # it is full, or has gone: that must not stop a guest
+                if self._logger is None:
+                    self._logger = _make_logger()
                 getattr(self._logger, level)(event, **fields)
 
 

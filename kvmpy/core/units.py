@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes and times as people write them."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def parse_size(text: str | int) -> int:
 def is_decimal(text: str, digits: int) -> bool:
     """Whether it is a number of at most so many digits, 0 to 9, and nothing else."""
     return text.isascii() and text.isdecimal() and len(text) <= digits
+
+
+def parse_seconds(text: str | None, *, zero: bool = False) -> float | None:
+    """A time limit in seconds, None for none; raises ConfigError, for 0 too unless that means something."""
+    if text is None:
+        return None
+    whole, point, part = text.partition(".")
+    if not is_decimal(whole, 9) or (point and not is_decimal(part, 9)) or (float(text) == 0 and not zero):
+        raise ConfigError(f'invalid time limit "{text}"', "use seconds, e.g. 10 or 0.5")
+    return float(text)

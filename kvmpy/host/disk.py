@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.buffers import ZEROES, behind
-from ..core.errors import ConfigError, HostError, ImageError, NotFoundError
+from ..core.errors import ConfigError, HostError, ImageError, NotFoundError, exhausted
 from ..core.log import log
 from . import syscalls
 from .filelock import lock
@@ -257,9 +257,8 @@ def _open(path: Path, name: str, flags: int) -> int:
     except ValueError:  # a NUL in the path
         raise ConfigError(f"disk image {str(path)!r} is no path", "check the path") from None
     except OSError as error:
-        raise HostError(
-            f"{name}: {error.strerror}", _remedy(error, bool(writing) and os.access(path, os.R_OK))
-        ) from None
+        writing = bool(writing) and os.access(path, os.R_OK)
+        raise exhausted(error) or HostError(f"{name}: {error.strerror}", _remedy(error, writing)) from None
 
 
 def _remedy(error: OSError, writing: bool) -> str:

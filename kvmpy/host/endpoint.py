@@ -84,18 +84,27 @@ class Stdio:
 
 
 class File:
-    """Output only, into a file that is made or emptied."""
+    """Output only, into a file that is made or emptied; of more than `limit` bytes the rest is lost."""
 
-    def __init__(self, loop: EventLoop, path: str, sent: Sent) -> None:
+    def __init__(self, loop: EventLoop, path: str, sent: Sent, limit: int | None = None) -> None:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY, 0o644)
         except OSError as error:
             raise HostError(f'cannot write console output to "{path}": {error.strerror}', "name another file") from None
         self._writer = Writer(loop, fd, sent)
+        self._sent = sent
+        self._room = limit
         os.close(fd)
 
     def write(self, data: bytes) -> None:
-        self._writer.write(data)
+        if self._room is not None:
+            kept = data[: self._room]
+            self._room -= len(kept)
+            if len(kept) < len(data):
+                self._sent(len(data) - len(kept))
+            data = kept
+        if data:
+            self._writer.write(data)
 
     def pause(self) -> None:
         return

@@ -64,15 +64,16 @@ class Forward(Record, frozen=True):
                 ) from None
 
 
-def parse_forwards(text: str) -> list[Forward]:
-    """`[ip:]host:guest[/udp]`, several joined by `+`; an IPv6 address stands in brackets. Raises ConfigError."""
+def parse_forwards(text: str, lowest: int = 1) -> list[Forward]:
+    """`[ip:]host:guest[/udp]`, several joined by `+`; an IPv6 address stands in brackets. `lowest` is the host's lowest
+    port: with 0, any may be had. Raises ConfigError."""
     found: dict[tuple[str | None, int, str], Forward] = {}
     for part in text.split("+"):
         match = FORWARD.fullmatch(part)
         if not match:
             raise ConfigError(f'cannot publish "{part}"', REMEDY)
         ip, host, guest = match["ip"], int(match["host"]), int(match["guest"])
-        if not (0 < host <= 0xFFFF and 0 < guest <= 0xFFFF):
+        if not (lowest <= host <= 0xFFFF and 0 < guest <= 0xFFFF):
             raise ConfigError(f'cannot publish "{part}": ports are 1 to 65535', REMEDY)
         if ip is not None:
             ip = ip.strip("[]")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from enum import Enum
 
 from ..core.later import later
-from ..core.typed import TYPE_CHECKING, Any
+from ..core.typed import TYPE_CHECKING, Any, Enum
 
 if TYPE_CHECKING:
     import termios

@@ -30,9 +30,9 @@ THIRD_PARTY = {"_cffi_backend"}
 # Modules of the standard library that take a good part of a millisecond or more.
 SLOW = set(
     """
-    annotationlib argparse ast asyncio bz2 concurrent csv ctypes dataclasses datetime decimal difflib doctest email
+    annotationlib argparse ast asyncio bz2 concurrent csv ctypes dataclasses datetime decimal difflib doctest email enum
     ftplib gettext http imaplib importlib inspect ipaddress json locale logging lzma multiprocessing optparse pathlib
-    pickle platform pprint pydoc random re secrets shutil socket sqlite3 ssl statistics string subprocess tarfile
+    pickle platform pprint pydoc random re secrets shutil signal socket sqlite3 ssl statistics string subprocess tarfile
     tempfile traceback typing unittest urllib uuid warnings xml zipfile zoneinfo zlib
     """.split()
 )

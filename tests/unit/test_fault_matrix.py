@@ -17,7 +17,7 @@
 | the folder is removed | virtio-fs | ENOENT; what is open can still be read | lives |
 | the host does not take pages back | balloon | nothing: the pages stay where they are | lives |
 | standard error is full, closed or gone | the log | nothing | lives; lines are lost |
-| no memory, no descriptor for RAM | start | there is none | one line with a remedy |
+| no memory, no descriptor, no thread | start | there is none | one line with a remedy |
 | a kernel or initrd is truncated while it is read | start | there is none | one line, status 125 |
 """  # noqa: E501
 
@@ -40,7 +40,7 @@ from typing import Any
 
 import pytest
 from balloons import INFLATE, Inflatable, pages
-from disks import CONTENT, FEATURES, SECTORS, SIZE, Disk
+from disks import CONTENT, FEATURES, SECTORS, SIZE, Disk, failing
 from images import bzimage
 from nics import FRAME, PLAIN, Rig
 from shares import Client
@@ -54,6 +54,7 @@ from kvmpy.core.memory import GuestMemory
 from kvmpy.host import endpoint, fuse_wire, passt, syscalls, tap
 from kvmpy.host.fuse import FuseServer
 from kvmpy.host.unix_socket import UnixSocket
+from kvmpy.machine import Machine
 from kvmpy.testing import FakeBoard, RingDriver, StepLoop
 from kvmpy.virtio.blk import HEADER, Blk, S, T
 from kvmpy.virtio.net import RX, TX
@@ -525,7 +526,8 @@ def share(tmp_path: Path) -> Iterator[tuple[Path, Client]]:
     """A shared folder, with a file in it."""
     folder = tmp_path / "share"
     folder.mkdir()
-    (folder / "file").write_bytes(b"content")
+    for name in ("file", "other"):
+        (folder / name).write_bytes(b"content")
     server = FuseServer(folder)
 
     def serve(parts: Any, room: int) -> bytes:
@@ -542,6 +544,11 @@ FILES = {
     "read": ("os.preadv", lambda client, fh: client.read(fh)),
     "write": ("os.pwritev", lambda client, fh: client.write(fh, b"text")),
     "fsync": ("os.fsync", lambda client, fh: client.call(fuse_wire.Op.FSYNC, 1, fuse_wire.FSYNC_IN.pack(fh, 0, 0))),
+    "lookup": ("os.stat", lambda client, fh: client.lookup(b"other")),
+    "open": ("os.open", lambda client, fh: client.open(client.walk("other"))),
+    "create": ("os.open", lambda client, fh: client.create(b"new")),
+    "readdir": ("os.open", lambda client, fh: client.names()),
+    "rename": ("os.rename", lambda client, fh: client.rename(b"other", b"another")),
     "mkdir": ("os.mkdir", lambda client, fh: client.mkdir(b"folder")),
     "unlink": ("os.unlink", lambda client, fh: client.unlink(b"file")),
 }
@@ -561,6 +568,16 @@ def test_shared_folder_that_the_host_refuses(
     assert (error.value.errno, met[0]) == (number, number)
     assert client.read(fh) == b"content"
     operation(client, fh)
+
+
+def test_new_folder_that_cannot_be_opened_is_not_there(share: tuple[Path, Client], broken: Fault) -> None:
+    folder, client = share
+
+    with broken("os.open", errno.EMFILE), pytest.raises(OSError, match="Too many open files"):
+        client.mkdir(b"new")
+
+    assert not (folder / "new").exists()
+    client.mkdir(b"new")
 
 
 def test_shared_folder_without_room(share: tuple[Path, Client]) -> None:
@@ -646,6 +663,18 @@ def test_log_that_nobody_takes(monkeypatch: pytest.MonkeyPatch, error: Exception
     log.warning("another event", number=2)
 
 
+def test_log_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is when the first line is written, and there may be no descriptor then."""
+    log = Log()
+    with monkeypatch.context() as patch:
+        patch.setattr("kvmpy.core.log._make_logger", failing(errno.EMFILE))
+        log.warning("an event")
+
+    log.warning("a later one")
+
+    assert capsys.readouterr().err == "kvmpy: warning: a later one\n"
+
+
 @pytest.mark.parametrize("locked_in", [False, True])
 def test_log_without_a_standard_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], locked_in: bool
@@ -671,6 +700,41 @@ def test_no_memory_for_a_guest(broken: Fault, call: str, number: int) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "file descriptors"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory"),
+        (MemoryError(), "memory"),
+        (RuntimeError("can't start new thread"), "threads"),
+    ],
+)
+def test_machine_that_the_host_has_no_more_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, what: str
+) -> None:
+    """Wherever that is found out: a HostError, and nothing stays open."""
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("kvmpy.boot.loader.read_image", fail)
+    machine = Machine(kernel=tmp_path / "kernel")
+
+    with pytest.raises(HostError, match=f"this host has no more {what}; .*raise the limit"):
+        machine.start()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_loop_that_gets_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = EventLoop("test", lambda error: None)
+    monkeypatch.setattr("threading.Thread.start", lambda thread: (_ for _ in ()).throw(RuntimeError))
+
+    with pytest.raises(RuntimeError):
+        loop.start()
+    loop.stop()
+
+
 TRUNCATES = """
 import os, sys
 from kvmpy import cli
@@ -689,6 +753,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.parametrize("words", [["inspect"], ["boot", "--kernel"], ["run", "--root", "none", "--kernel"]], ids=str)
 def test_kernel_that_is_truncated_while_it_is_read(tmp_path: Path, words: list[str]) -> None:
+    if words != ["inspect"] and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/kvm, without which no kernel is read")
     kernel = tmp_path / "bzImage"
     kernel.write_bytes(bzimage(bytes(1 << 20)))
     command = [sys.executable, "-c", TRUNCATES, *words, kernel, *(["--", "true"] if "run" in words else [])]

@@ -19,9 +19,12 @@ from pathlib import Path
 import pytest
 from disks import Disk
 from kills import Victim, kill, script
+from oci_images import Image, entry, layer, write_folder
 
+from kvmpy import root
 from kvmpy.boot import cache
 from kvmpy.host.unix_socket import listen_at, remove
+from kvmpy.oci import store
 
 KILLS = int(os.environ.get("KVMPY_KILLS", "2"))
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -247,6 +250,47 @@ def check_socket(folder: Path, said: str) -> None:
     assert not (folder / "socket").exists()
 
 
+# The disks that container images become.
+
+IMAGES = """
+import sys
+from kvmpy import root
+from kvmpy.oci import store
+store.KEEP = 1
+print("ready", flush=True)
+for number in range(1 << 30):
+    root.find(f"{sys.argv[1]}/layout{number % 3}")
+"""
+HEAD = 1 << 20  # bytes: where all is that such a disk has
+
+
+def make_layouts(folder: Path) -> None:
+    for number in range(3):
+        files = Image(
+            layer(*(entry(f"{name}", b"%d" % number * 1000) for name in range(50))), Cmd=[str(number)]
+        ).files()
+        write_folder(folder / f"layout{number}", files)
+
+
+def check_images(folder: Path, said: str) -> None:
+    """An entry that is there is whole: the same image gives the same bytes again. What was half made goes with the next
+    one."""
+    entries = [path for path in store.folder().glob("*") if path.suffix == ".1"]
+    kept = {path.name: _disk(path) for path in entries}
+    for path in entries:
+        path.rename(folder / path.name)
+    for number in range(3):
+        found = root.find(folder / f"layout{number}").disk.path.parent
+        assert kept.get(found.name, _disk(found)) == _disk(found)
+    assert not list(store.folder().glob("*.part"))
+    assert len([path for path in store.folder().glob("*") if path.suffix == ".1"]) == 3
+
+
+def _disk(entry: Path) -> tuple[int, bytes, str]:
+    with (entry / "root.ext4").open("rb") as file:
+        return os.fstat(file.fileno()).st_size, file.read(HEAD), (entry / "config.json").read_text()
+
+
 VICTIMS = [
     Victim("raw disk", script(writer("raw")), check_raw, prepare=make_raw),
     Victim("qcow2 disk", script(writer("qcow2")), check_qcow2, prepare=make_qcow2),
@@ -260,6 +304,13 @@ VICTIMS = [
     fetching("fetch-image"),
     Victim("make-image", script(putting(1 << 30)), check_put, 0.5),
     Victim("socket", script(SOCKETS), check_socket, 0.05),
+    Victim(
+        "image cache",
+        script(IMAGES),
+        check_images,
+        prepare=make_layouts,
+        environment=lambda folder: {"XDG_CACHE_HOME": str(folder / "cache")},
+    ),
 ]
 
 

@@ -123,7 +123,12 @@ def test_a_command_out_of_time_is_killed(start: Start) -> None:
 
 
 def test_an_interrupt_is_for_the_command(start: Start, tmp_path: Path) -> None:
-    process = start("sh", "-c", f"trap 'echo caught; exit 3' INT; touch {tmp_path}/up; while :; do sleep 0.01; done")
+    """From when its input arrives: then there is a relay."""
+    words = f"trap 'echo caught; exit 3' INT; read -r line; touch {tmp_path}/up; while :; do sleep 0.01; done"
+    process = start("sh", "-c", words)
+    assert process.stdin is not None
+    process.stdin.write(b"begin\n")
+    process.stdin.flush()
     wait_for(tmp_path / "up")
 
     process.send_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ from agents import NativeAgent, build, running
 
 import kvmpy
 from kvmpy import cli, machine
-from kvmpy.cli import relay, run
+from kvmpy.cli import command, relay, run
 from kvmpy.core.errors import GuestLost
 from kvmpy.virtio import user_net
 
@@ -35,7 +35,7 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERE", "x=y")
     monkeypatch.delenv("NOWHERE", raising=False)
 
-    assert run.variables(["A=1", "B=", "HERE", "NOWHERE", "A=2"]) == {"A": "2", "B": "", "HERE": "x=y"}
+    assert command.variables(["A=1", "B=", "HERE", "NOWHERE", "A=2"]) == {"A": "2", "B": "", "HERE": "x=y"}
 
 
 def test_a_command_begins_in_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -44,6 +44,23 @@ def test_a_command_begins_in_the_current_folder(monkeypatch: pytest.MonkeyPatch,
     assert run.working_directory("none") == ""
     monkeypatch.chdir("/proc")
     assert run.working_directory("host") == ""
+
+
+@pytest.mark.parametrize("option", [["--diff"], ["--keep", "x"]])
+def test_changes_of_a_root_without_a_record(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--root", "none", *option, "--", "true"]) == 125
+
+    assert capsys.readouterr().err.startswith(
+        "kvmpy: with --root none there is no record of what was changed; leave out"
+    )
+
+
+def test_a_folder_to_keep_changes_in_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x").touch()
+
+    assert cli.main(["run", "--keep", str(tmp_path), "--", "true"]) == 125
+
+    assert "is not an empty folder; give one that is new or empty" in capsys.readouterr().err
 
 
 def test_root() -> None:
@@ -72,7 +89,8 @@ def test_volumes() -> None:
         (["--timeout", "soon", "true"], 'invalid time limit "soon"'),
         (["--cpus", "0", "true"], 'invalid number of CPUs "0"'),
         (["--mem", "lots", "true"], 'invalid size "lots"'),
-        (["--publish", "80:80", "true"], "ports cannot be published without a network"),
+        (["--publish", "80:80/udp", "true"], "udp port 80 cannot be published without a network card; give network="),
+        (["--publish", "80", "true"], 'cannot publish "80"; use [IP:]HOST:GUEST[/udp]'),
         (["--publish", "what", "--net", "user", "true"], 'cannot publish "what"'),
     ],
 )
@@ -92,6 +110,15 @@ def test_a_sandbox_that_does_not_run() -> None:
         sandbox.run("true")
     sandbox.close()
     sandbox.close()
+
+
+def test_published_ports() -> None:
+    sandbox = kvmpy.Sandbox(publish=["0:80", "127.0.0.1:0:81"])
+
+    assert sandbox.publish(8000) == 8000
+    assert sandbox.publish("9000:80") == 9000
+    with pytest.raises(kvmpy.ConfigError, match="cannot publish"):
+        sandbox.publish("nonsense")
 
 
 def test_errors_say_where_and_what_to_do() -> None:

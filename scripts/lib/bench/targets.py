@@ -35,6 +35,8 @@ TARGETS = [
     Target("start", ".*first KVM_RUN", "ms", "kvmpy", "qemu", "<=", 1.0),
     Target("memory", "1 vCPU.*", "MiB PSS", "kvmpy", "", "<=", 32),
     Target("linux", "first KVM_RUN to init", "ms", "kvmpy", "qemu", "<=", 1.0),
+    Target("run", "cold.*", "ms", "kvmpy", "qemu", "<=", 0.5),
+    Target("fs", "tar c, fresh|sequential read, fresh", "MB/s", "kvmpy", "qemu", ">=", 1.0),
     Target("latency", "(key to guest|pause) p99", "ms", "kvmpy", "", "<=", 5),
 ]
 
