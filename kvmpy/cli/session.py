@@ -38,7 +38,11 @@ STATUS = {
 LOST = 255
 END_OF_FILE = b"\x04"  # Ctrl-d
 REPORTED = {Reason.TIMEOUT, Reason.PANIC, Reason.TRIPLE_FAULT, Reason.CRASH, Reason.ERROR}
-SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT", signal.SIGHUP: "SIGHUP"}  # with their names
+SIGNALS: dict[int, str] = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGINT: "SIGINT",
+    signal.SIGHUP: "SIGHUP",
+}  # with their names
 
 
 def run(
