@@ -21,13 +21,13 @@ from .options import Option, switch
 if TYPE_CHECKING:
     from .locked import Lock
 
-OFF = "off"  # of --sandbox
+OFF, DEFAULT = "off", "default"  # of --sandbox
 TURN = 0.0002  # seconds
 OPTIONS = (
     *settings.OPTIONS,
     switch("--json", help="print the outcome, console text included, as JSON"),
     switch("-v", "--verbose", help="tell what is done and why; twice: every unmapped access", count=True),
-    Option(("--sandbox",), "how kvmpy locks itself in: strict, default or off (default)", "LEVEL", default=OFF),
+    Option(("--sandbox",), "how kvmpy locks itself in: strict, default (default) or off", "LEVEL", default=DEFAULT),
     switch("-q", "--quiet", help="no crash report"),
 )
 
@@ -42,15 +42,16 @@ def run(args: SimpleNamespace) -> int:
     timeout = parse_seconds(told.get("timeout"))
     config = settings.machine_config(told, terminal_words())
     kind, path = settings.parse_serial(serial)
-    lock = make_lock(args.sandbox, json=args.json)
     foundation = Foundation(config)
+    lock = None
     try:
+        lock = make_lock(args.sandbox, json=args.json)  # meanwhile
         status: int = load_session().run(args, config, kind, path, timeout, lock, foundation)
+        return status
     finally:
         foundation.close()
         if lock is not None:
             lock.close()
-    return status if lock is None else lock.leave(status)
 
 
 def load_session() -> ModuleType:
