@@ -20,6 +20,9 @@
  *                         which Linux, where it obeys that, does before there is a driver
  *   kvmpy.root=TAG        the folder of the host with this tag becomes the root, with a tmpfs above it that takes all
  *                         writes; the machine ends when that cannot be done
+ *   kvmpy.root=disk:PARTITION:TYPE
+ *                         as much for the file system TYPE on the disk whose serial is kvmpy-root (0: on the whole disk).
+ *                         What was written, and what is below it, are the folders of this process's descriptors 100, 101
  *   kvmpy.agent=1         start the agent, in the root that the rest is to have
  *   kvmpy.agent=only      start it, and run neither command, shell nor the disk's init: power off when it ends
  *
@@ -260,11 +263,14 @@ static long mount_volumes(void)
 {
 	long failed = 0;
 
-	for (char *word = volumes; volumes && word < volumes + volumes_size;) {
-		char *tag = word, *folder = tag + length(tag) + 1, *how = folder + length(folder) + 1;
-		unsigned long flags = MS_NODEV | (same(how, "ro") ? MS_RDONLY : 0);
+	for (char *word = volumes, *end = volumes + volumes_size; volumes && word < end;) {
+		char *tag = word, *folder = tag + length(tag) + 1, *how = folder < end ? folder + length(folder) + 1 : end;
+		unsigned long flags;
 		long error;
 
+		if (how >= end) /* the list has been cut off */
+			break;
+		flags = MS_NODEV | (same(how, "ro") ? MS_RDONLY : 0);
 		for (char *at = folder + 1; *at; at++) {
 			if (*at != '/')
 				continue;
@@ -386,7 +392,7 @@ static int claimed(unsigned long address)
 		while (*line == ' ')
 			line++;
 		start = number(&line, 16);
-		line++; /* the dash */
+		line += *line == '-'; /* not at the end of what there was room for */
 		end = number(&line, 16);
 		if (start <= address && address <= end)
 			return 1;
@@ -826,25 +832,71 @@ static void enter_root(void)
 	SYS(chdir, "/");
 }
 
-/* A folder of the host as the root. */
+/* A root of which nothing is written to: a folder of the host, or a disk. */
 
-/* Mount the share `tag` as the root, below a tmpfs; 0 or a negative errno. */
-static long mount_root_share(const char *tag)
+#define LAYERS "lowerdir=/.lower,upperdir=/.writes/upper,workdir=/.writes/work"
+
+static char root_disk[64]; /* its name in /dev */
+
+static void find_root_disk(const char *folder, const char *name)
 {
+	char path[128] = "", serial[32];
+
+	append(path, sizeof path, folder);
+	append(path, sizeof path, "/");
+	append(path, sizeof path, name);
+	append(path, sizeof path, "/serial");
+	if (same(peek(path, serial, sizeof serial), "kvmpy-root"))
+		append(root_disk, sizeof root_disk, name);
+}
+
+/* Mount the disk that `spec`, PARTITION:TYPE, is about; 0 or a negative errno. */
+static long mount_root_disk(const char *spec)
+{
+	unsigned long partition = number(&spec, 10);
+	char path[80] = "/dev/";
+
+	list("/sys/class/block", find_root_disk);
+	append(path, sizeof path, root_disk);
+	if (partition)
+		append_number(path, sizeof path, partition, 1);
+	return root_disk[0] ? SYS(mount, path, "/.lower", spec + 1, MS_RDONLY, 0) : -ENOENT;
+}
+
+/* Let the agent find a folder that the new root hides (see the top). */
+static void keep_open(const char *path, int number)
+{
+	long fd = SYS(open, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+	SYS(fcntl, fd, 1030 /* F_DUPFD_CLOEXEC */, number);
+	SYS(close, fd);
+}
+
+/* Mount the root that `spec` is about, below a tmpfs; 0 or a negative errno. */
+static long mount_lower(const char *spec)
+{
+	const char *disk = after(spec, "disk:");
 	long error;
 
-	SYS(mkdir, "/.share", 0755);
+	SYS(mkdir, "/.lower", 0755);
 	SYS(mkdir, "/.writes", 0755);
 	SYS(mkdir, "/.root", 0755);
-	error = SYS(mount, tag, "/.share", "virtiofs", MS_RDONLY, 0);
+	error = disk ? mount_root_disk(disk) : SYS(mount, spec, "/.lower", "virtiofs", MS_RDONLY, 0);
 	error = error ? error : SYS(mount, "tmpfs", "/.writes", "tmpfs", 0, "mode=0755");
 	SYS(mkdir, "/.writes/upper", 0755);
 	SYS(mkdir, "/.writes/work", 0755);
-	error = error ? error : SYS(mount, "root", "/.root", "overlay", 0,
-				    "lowerdir=/.share,upperdir=/.writes/upper,workdir=/.writes/work");
 	if (error)
 		return error;
+	/* What was written is to be whole files, whatever this kernel's defaults are; older ones do not know the words. */
+	error = SYS(mount, "root", "/.root", "overlay", 0, LAYERS ",redirect_dir=off,metacopy=off");
+	error = error ? SYS(mount, "root", "/.root", "overlay", 0, LAYERS) : 0;
+	if (error)
+		return error;
+	keep_open("/.writes/upper", 100);
+	keep_open("/.lower", 101);
 	enter_root();
+	if (disk)
+		return 0; /* what is in its /tmp and /run belongs there */
 	/* What is in the host's is of no use to anybody here, or not for them. */
 	SYS(mkdir, "/tmp", 0);
 	SYS(mkdir, "/run", 0);
@@ -855,11 +907,11 @@ static long mount_root_share(const char *tag)
 /* Have the root that kvmpy.root= asks for, if it does. */
 static void enter_share(void)
 {
-	char tag[40];
-	long error = option("kvmpy.root=", tag, sizeof tag) ? mount_root_share(tag) : 0;
+	char spec[64];
+	long error = option("kvmpy.root=", spec, sizeof spec) ? mount_lower(spec) : 0;
 
 	if (error) {
-		complain("cannot mount the root ", tag, error);
+		complain("cannot mount the root ", spec, error);
 		end(LINUX_REBOOT_CMD_POWER_OFF, -1);
 	}
 }

@@ -11,8 +11,7 @@ Names are loaded when they are first used: `import kvmpy` by itself costs next t
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from .core.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .aio import AsyncSandbox as AsyncSandbox
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from .core.errors import KvmpyError as KvmpyError
     from .core.errors import NotFoundError as NotFoundError
     from .core.errors import TimedOut as TimedOut
+    from .core.errors import TooLarge as TooLarge
     from .core.regs import Bits as Bits
     from .core.regs import Device as Device
     from .core.regs import Field as Field
@@ -65,6 +65,7 @@ _HOMES = {
     "KvmpyError": "core.errors",
     "NotFoundError": "core.errors",
     "TimedOut": "core.errors",
+    "TooLarge": "core.errors",
     "Bits": "core.regs",
     "Device": "core.regs",
     "Field": "core.regs",
@@ -78,4 +79,6 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'kvmpy' has no attribute {name!r}")
+    from importlib import import_module  # half a millisecond, which the command line does without
+
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

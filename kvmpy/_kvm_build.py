@@ -90,6 +90,7 @@ for ctype, functions in STRUCT.items():
         ffibuilder.cdef(f"int {function}(int fd, {ctype} *argument);")
 ffibuilder.cdef("int kvm_irq_line(int fd, uint32_t gsi, uint32_t level);")
 ffibuilder.cdef("int kvmpy_prepare_kick(int signal_number);")
+ffibuilder.cdef("int kvmpy_explain_bus_error(const char *text, size_t length, int status);")
 ffibuilder.cdef("long kvmpy_syscall(long, unsigned long, unsigned long, unsigned long, unsigned long, unsigned long);")
 ffibuilder.cdef(
     """

@@ -129,6 +129,38 @@ static int kvmpy_prepare_kick(int signal_number)
     return sigaction(signal_number, &action, NULL) < 0 ? -errno : 0;
 }
 
+/* What is said when memory that a file or the host stands for has gone, before the process ends with a status. */
+static const char *bus_error_text;
+static size_t bus_error_length;
+static int bus_error_status;
+
+static void bus_error(int signal_number, siginfo_t *information, void *context)
+{
+    (void)context;
+    if (information->si_code != BUS_ADRERR) {
+        signal(signal_number, SIG_DFL); /* and what was tried happens again */
+        return;
+    }
+    if (write(STDERR_FILENO, bus_error_text, bus_error_length) < 0)
+        _exit(bus_error_status);
+    _exit(bus_error_status);
+}
+
+static int kvmpy_explain_bus_error(const char *text, size_t length, int status)
+{
+    struct sigaction action;
+    char *copy = malloc(length);
+    if (!copy)
+        return -ENOMEM;
+    bus_error_text = memcpy(copy, text, length);
+    bus_error_length = length;
+    bus_error_status = status;
+    memset(&action, 0, sizeof action);
+    action.sa_sigaction = bus_error;
+    action.sa_flags = SA_SIGINFO;
+    return sigaction(SIGBUS, &action, NULL) < 0 ? -errno : 0;
+}
+
 /* A stream of output bytes from guests' registers to one reader on another thread: the twin of core/stream.py. */
 struct kvmpy_stream {
     pthread_mutex_t lock; /* a leaf */

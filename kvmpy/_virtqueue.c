@@ -20,10 +20,14 @@
 
 enum { MAX_REGIONS = 8, MAX_SEGMENTS = 256 };
 
+/* Drivers hear of what is done after so many requests, or so many ns; when one has said that it need not, it goes on
+ * for a turn, after which others have theirs. */
+enum { BATCH = 64, BATCH_NS = 100000, TURN_NS = 500000 };
+
 enum outcome {
     KVMPY_EMPTY,   /* nothing is left, and the driver will kick for the next one */
     KVMPY_DRAINED, /* nothing is left, and the driver will not kick: call again */
-    KVMPY_MORE,    /* there may be more, but it is time to interrupt */
+    KVMPY_MORE,    /* there may be more, but it is time to interrupt, or for others */
     KVMPY_ODD,     /* the next one is not ordinary */
     KVMPY_BLOCKED, /* the host has no room, or no frame */
 };
@@ -41,10 +45,12 @@ struct kvmpy_queue {
     uint8_t *desc, *avail, *used;    /* inside the regions, of the lengths that `size` gives, aligned as VIRTIO wants */
     uint8_t indirect, event_idx;     /* features */
     uint16_t next_avail, next_used;
+    uint16_t signalled;              /* up to where the driver has been told of used elements */
 };
 
 struct kvmpy_disk {
     uint64_t sectors;
+    uint64_t drained; /* when the driver was left without anything under way, ns of CLOCK_MONOTONIC */
     int32_t fd;
     uint8_t writable; /* and the driver flushes: where it cannot, each write has to reach the disk */
 };
@@ -84,7 +90,7 @@ struct descriptor {
     uint16_t flags, next;
 };
 
-enum { DESC_F_NEXT = 1, DESC_F_WRITE = 2, DESC_F_INDIRECT = 4 };
+enum { DESC_F_NEXT = 1, DESC_F_WRITE = 2, DESC_F_INDIRECT = 4, AVAIL_F_NO_INTERRUPT = 1 };
 
 /* One request: the readable buffers are segment[first .. readable), the writable ones segment[readable .. segments). */
 struct chain {
@@ -232,6 +238,51 @@ static void publish(struct kvmpy_queue *queue)
     __atomic_store_n(number(queue->used, 2), queue->next_used, __ATOMIC_RELEASE);
 }
 
+/* Whether the driver need not hear of what has been published; then it counts as told (2.7.7, 2.7.10). */
+static int need_not_tell(struct kvmpy_queue *queue)
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    uint16_t news = (uint16_t)(queue->next_used - queue->signalled);
+    if (queue->event_idx) {
+        uint16_t event = __atomic_load_n(number(queue->avail, 4 + 2 * (size_t)queue->size), __ATOMIC_RELAXED);
+        if ((uint16_t)(queue->next_used - event - 1) < news)
+            return 0;
+    } else if (news && !(__atomic_load_n(number(queue->avail, 0), __ATOMIC_RELAXED) & AVAIL_F_NO_INTERRUPT)) {
+        return 0;
+    }
+    queue->signalled = queue->next_used;
+    return 1;
+}
+
+/* What a call may still do: so many requests until it ends, and until the driver hears of them. */
+struct turn {
+    uint32_t left, batch;
+    uint64_t batch_end, end;
+};
+
+static void begin_turn(struct turn *turn, uint32_t limit)
+{
+    uint64_t time = now();
+    *turn = (struct turn){limit, BATCH, time + BATCH_NS, time + TURN_NS};
+}
+
+/* Whether the turn goes on after `count` requests, at most as many as were left. */
+static int goes_on(struct kvmpy_queue *queue, struct turn *turn, uint32_t count)
+{
+    uint64_t time = now();
+    turn->left -= count;
+    turn->batch -= count < turn->batch ? count : turn->batch;
+    if (!turn->left)
+        return 0;
+    if (turn->batch && time < turn->batch_end)
+        return 1;
+    if (time >= turn->end || !need_not_tell(queue))
+        return 0;
+    turn->batch = BATCH;
+    turn->batch_end = time + BATCH_NS;
+    return 1;
+}
+
 /* Copy the first `size` readable bytes out of the chain; 0 when there are fewer. */
 static int take_front(struct chain *chain, void *header, size_t size)
 {
@@ -302,28 +353,27 @@ static int blk_request(const struct kvmpy_disk *disk, struct chain *chain, uint8
     return done >= 0 && (uint64_t)done == length;
 }
 
-/* Serve up to `limit` requests, for little more than `length` ns. If there is none at first, wait `patience` ns for one
- * that comes without a kick. Returns an enum outcome; EMPTY only when none was served. */
-static int kvmpy_serve_disk(struct kvmpy_queue *queue, const struct kvmpy_disk *disk, uint32_t limit, uint64_t length,
-                            uint64_t patience)
+/* Serve up to `limit` requests, for a turn. Where there is none, wait `patience` ns for one that comes without a kick.
+ * Returns an enum outcome; with EMPTY, the driver has been told of all that was served. */
+static int kvmpy_serve_disk(struct kvmpy_queue *queue, struct kvmpy_disk *disk, uint32_t limit, uint64_t patience)
 {
     struct chain chain;
-    uint64_t end = 0;
-    for (uint32_t served = 0;; served++) {
+    struct turn turn;
+    begin_turn(&turn, limit);
+    for (int served = 0;; served = 1) {
         uint16_t index = avail_index(queue);
         if (index == queue->next_avail) {
-            if (served)
-                return KVMPY_DRAINED;
+            if (served) {
+                disk->drained = now();
+                if (!patience || disk->drained >= turn.end || !need_not_tell(queue))
+                    return KVMPY_DRAINED;
+            }
             if (patience)
                 wait_for_entry(queue, patience);
             if (is_empty(queue))
                 return KVMPY_EMPTY;
             index = avail_index(queue);
         }
-        if (!served)
-            end = now() + length;
-        else if (served >= limit || now() >= end)
-            return KVMPY_MORE;
         uint8_t *status;
         if (!may_be(queue, queue->next_avail, index) || !get_entry(queue, queue->next_avail, &chain))
             return KVMPY_ODD;
@@ -334,6 +384,8 @@ static int kvmpy_serve_disk(struct kvmpy_queue *queue, const struct kvmpy_disk *
         queue->next_avail++;
         put_used(queue, chain.head, (uint32_t)written); /* below 4 GiB: the chain has a header as well */
         publish(queue);
+        if (!goes_on(queue, &turn, 1))
+            return KVMPY_MORE;
     }
 }
 
@@ -400,20 +452,21 @@ static void keep_rest(struct kvmpy_wire *wire, const struct outgoing *out, uint6
     }
 }
 
-/* Send up to `limit` frames, for little more than `length` ns, when nothing is left of an earlier one. Returns an enum
- * outcome, not DRAINED. */
-static int kvmpy_send_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit, uint64_t length)
+/* Send up to `limit` frames, for a turn, when nothing is left of an earlier one. Returns an enum outcome, not DRAINED. */
+static int kvmpy_send_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit)
 {
     struct outgoing out;
+    struct turn turn;
     wire->rest_size = 0;
-    for (uint64_t end = now() + length; limit;) {
-        int ordinary = collect_frames(queue, &out, limit);
+    begin_turn(&turn, limit);
+    do {
+        int ordinary = collect_frames(queue, &out, turn.left);
         if (!out.frames) {
             if (!ordinary)
                 return KVMPY_ODD;
             if (is_empty(queue))
                 return KVMPY_EMPTY;
-            limit--; /* a driver that takes entries back cannot keep us here */
+            out.frames = 1; /* a driver that takes entries back cannot keep us here */
             continue;
         }
         struct msghdr message = {.msg_iov = out.vector, .msg_iovlen = out.vectors};
@@ -429,14 +482,11 @@ static int kvmpy_send_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire,
                 keep_rest(wire, &out, sent, out.frame[i].end);
             put_used(queue, out.frame[i].head, 0);
             queue->next_avail++;
-            limit--;
         }
         publish(queue);
         if (sent < out.size)
             return KVMPY_BLOCKED;
-        if (now() >= end)
-            break;
-    }
+    } while (goes_on(queue, &turn, out.frames));
     return KVMPY_MORE;
 }
 
@@ -535,12 +585,13 @@ static void deliver(struct kvmpy_queue *queue, struct incoming *in, const void *
     publish(queue);
 }
 
-/* Give the driver up to `limit` frames, for little more than `length` ns. Returns an enum outcome, not DRAINED. */
-static int kvmpy_receive_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit, uint64_t length)
+/* Give the driver up to `limit` frames, for a turn. Returns an enum outcome, not DRAINED. */
+static int kvmpy_receive_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit)
 {
     struct incoming in;
-    uint64_t end = now() + length;
-    for (uint32_t served = 0; served < limit && (!served || now() < end); served++) {
+    struct turn turn;
+    begin_turn(&turn, limit);
+    do {
         int outcome;
         if (is_empty(queue))
             return KVMPY_EMPTY;
@@ -558,7 +609,7 @@ static int kvmpy_receive_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wi
         header[VNET_HEADER - 1] = (uint8_t)(in.chains >> 8);
         deliver(queue, &in, header, wire->buffer + wire->start + LENGTH, size);
         wire->start += LENGTH + size;
-    }
+    } while (goes_on(queue, &turn, 1));
     return KVMPY_MORE;
 }
 
@@ -571,13 +622,14 @@ struct net_header { /* struct virtio_net_hdr */
     uint16_t hdr_len, gso_size, csum_start, csum_offset, num_buffers;
 };
 
-/* Send up to `limit` frames, for little more than `length` ns. Returns an enum outcome, not DRAINED. */
-static int kvmpy_tap_send(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit, uint64_t length)
+/* Send up to `limit` frames, for a turn. Returns an enum outcome, not DRAINED. */
+static int kvmpy_tap_send(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit)
 {
     struct chain chain;
     struct iovec vector[1 + MAX_SEGMENTS];
-    uint64_t end = now() + length;
-    for (uint32_t served = 0; served < limit && (!served || now() < end); served++) {
+    struct turn turn;
+    begin_turn(&turn, limit);
+    do {
         struct net_header header;
         if (is_empty(queue))
             return KVMPY_EMPTY;
@@ -604,7 +656,7 @@ static int kvmpy_tap_send(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint
         queue->next_avail++;
         put_used(queue, chain.head, 0);
         publish(queue);
-    }
+    } while (goes_on(queue, &turn, 1));
     return KVMPY_MORE;
 }
 
@@ -620,14 +672,15 @@ static int takes_frame(const struct kvmpy_tap *tap, struct net_header *header, u
     return (header->gso_type == GSO_NONE || tap->guest_gso[header->gso_type]) && size >= ETH_HEADER && size <= longest;
 }
 
-/* Give the driver up to `limit` frames, for little more than `length` ns. Returns an enum outcome, not DRAINED; with ODD,
+/* Give the driver up to `limit` frames, for a turn. Returns an enum outcome, not DRAINED; with ODD,
  * `kept` is the size of the frame in the buffer that has not been delivered, 0 when there is none. */
-static int kvmpy_tap_receive(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit, uint64_t length)
+static int kvmpy_tap_receive(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit)
 {
     struct incoming in;
-    uint64_t end = now() + length;
+    struct turn turn;
     tap->kept = 0;
-    for (uint32_t served = 0; served < limit && (!served || now() < end); served++) {
+    begin_turn(&turn, limit);
+    do {
         if (is_empty(queue))
             return KVMPY_EMPTY;
         if (!collect_room(queue, &in, VNET_HEADER, 0))
@@ -649,6 +702,6 @@ static int kvmpy_tap_receive(struct kvmpy_queue *queue, struct kvmpy_tap *tap, u
         }
         header.num_buffers = (uint16_t)in.chains;
         deliver(queue, &in, &header, tap->buffer + sizeof header, whole - (uint32_t)sizeof header);
-    }
+    } while (goes_on(queue, &turn, 1));
     return KVMPY_MORE;
 }

@@ -12,16 +12,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike
 from subprocess import DEVNULL, PIPE
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .guest.client import Word
+from .guest.completed import Completed, complete
 from .guest.files import Files
 from .guest.link import deadline_after
-from .guest.process import Completed, Process, complete
+from .guest.process import Process
+from .guest.protocol import LIMIT
 from .machine import Machine
 from .sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from .guest.changes import Change
+    from .oci.manifest import Config
 
 MAX_CALLS = 256  # under way at once; further ones wait for their turn
 
@@ -68,6 +75,7 @@ class AsyncSandbox:
         input: bytes | str | None = None,
         timeout: float | None = None,
         check: bool = False,
+        limit: int = LIMIT,
         **options: Any,
     ) -> Completed:
         """As Sandbox.run."""
@@ -76,7 +84,7 @@ class AsyncSandbox:
         pipes = {"stdin": DEVNULL if data is None else PIPE, "stdout": PIPE, "stderr": PIPE}
         process = await self._start_process(argv, {**pipes, "timeout": timeout, **options})
         try:
-            done = await self._call(complete, process, data, timeout, deadline)
+            done = await self._call(complete, process, data, timeout, deadline, limit)
         finally:
             process.close()
         return done.check() if check else done
@@ -85,14 +93,28 @@ class AsyncSandbox:
         """As Sandbox.popen."""
         return AsyncProcess(await self._start_process(argv, options), self._call)
 
-    def publish(self, port: str | int) -> None:
-        self._sandbox.publish(port)
+    def publish(self, port: str | int) -> int:
+        """As Sandbox.publish."""
+        return self._sandbox.publish(port)
 
     def logs(self) -> str:
         return self._sandbox.logs()
 
     def metrics(self) -> dict[str, float]:
         return self._sandbox.metrics()
+
+    @property
+    def image(self) -> Config | None:
+        return self._sandbox.image
+
+    async def prepare(self) -> None:
+        await self._call(self._sandbox.prepare)
+
+    async def diff(self) -> tuple[Change, ...]:
+        return await self._call(self._sandbox.diff)
+
+    async def keep(self, host: str | PathLike[str]) -> list[str]:
+        return await self._call(self._sandbox.keep, host)
 
     async def pause(self) -> None:
         await self._call(self._sandbox.pause)
@@ -140,9 +162,11 @@ class AsyncProcess:
         code: int = await self._call(self.process.wait, timeout)
         return code
 
-    async def communicate(self, input: bytes = b"", timeout: float | None = None) -> tuple[bytes, bytes]:
+    async def communicate(
+        self, input: bytes = b"", timeout: float | None = None, limit: int = LIMIT
+    ) -> tuple[bytes, bytes]:
         """As Process.communicate."""
-        output: tuple[bytes, bytes] = await self._call(self.process.communicate, input, timeout)
+        output: tuple[bytes, bytes] = await self._call(self.process.communicate, input, timeout, limit)
         return output
 
     async def read(self, size: int = 1 << 16) -> bytes:
@@ -174,6 +198,9 @@ class AsyncProcess:
 
     def kill(self, group: bool = False) -> None:
         self.process.kill(group)
+
+    def kill_all(self) -> None:
+        self.process.kill_all()
 
 
 class AsyncFiles:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from os import PathLike, fspath
-from pathlib import Path
 
 from .core.errors import ConfigError
 from .core.record import Record
-from .core.units import parse_size
+from .core.units import is_decimal, parse_size
 from .x86 import layout
 
 MIN_MEMORY = layout.MIB
@@ -20,7 +18,7 @@ MAX_CPUS = 4096  # a mistake in --cpus ends here; KVM's own limit, asked later, 
 
 def parse_count(text: str | int, name: str, limit: int) -> int:
     """A whole number from 1 to `limit`; raises ConfigError that names the option."""
-    if not re.fullmatch(r"[0-9]{1,9}", str(text), re.ASCII) or not 1 <= int(text) <= limit:
+    if not is_decimal(str(text), 9) or not 1 <= int(text) <= limit:
         raise ConfigError(f'invalid {name} "{text}"', f"use a whole number from 1 to {limit}")
     return int(text)
 
@@ -28,7 +26,7 @@ def parse_count(text: str | int, name: str, limit: int) -> int:
 class Volume(Record, frozen=True):
     """A folder of the host that the guest has as a folder of its own: `HOST:GUEST[:ro]`."""
 
-    host: Path
+    host: str
     guest: str
     ro: bool = False
 
@@ -42,7 +40,7 @@ class Volume(Record, frozen=True):
         parts = [part for part in guest.split("/") if part not in ("", ".")]
         if not host or not parts or ".." in parts or ":" in guest or "\0" in text:
             raise ConfigError(f'invalid volume "{text}"', "use HOST:GUEST[:ro], GUEST being an absolute path")
-        return cls(Path(host), "/" + "/".join(parts), how == "ro")
+        return cls(host, "/" + "/".join(parts), how == "ro")
 
     def __str__(self) -> str:
         return f"{self.host}:{self.guest}{':ro' if self.ro else ''}"
@@ -70,8 +68,8 @@ class MachineConfig(Record, frozen=True):
     root     a folder of the host that it makes the guest's root, read-only with a tmpfs above it for what is written
     """
 
-    kernel: Path | None = None
-    initrd: tuple[Path, ...] | None = None
+    kernel: str | None = None
+    initrd: tuple[str, ...] | None = None
     mem: int = 512 * layout.MIB
     cpus: int = 1
     cmdline: str | None = None
@@ -79,14 +77,14 @@ class MachineConfig(Record, frozen=True):
     boot: str = "auto"
     exec: str | None = None
     modules: tuple[str, ...] = ()
-    modules_dir: Path | None = None
+    modules_dir: str | None = None
     devices: tuple[str, ...] = ()
     volumes: tuple[Volume, ...] = ()
     environment: tuple[str, ...] = ()
     console: str = "serial"
     transport: str = "mmio"
     agent: bool = False
-    root: Path | None = None
+    root: str | None = None
 
     @property
     def tagged_volumes(self) -> list[tuple[str, Volume]]:
@@ -127,8 +125,8 @@ class MachineConfig(Record, frozen=True):
         if isinstance(initrd, (str, PathLike)):
             initrd = [initrd]
         return cls(
-            kernel=None if kernel is None else Path(fspath(kernel)),
-            initrd=None if initrd is None else tuple(Path(fspath(path)) for path in initrd),
+            kernel=None if kernel is None else fspath(kernel),
+            initrd=None if initrd is None else tuple(fspath(path) for path in initrd),
             mem=size,
             cpus=parse_count(cpus, "number of CPUs", MAX_CPUS),
             cmdline=cmdline,
@@ -136,12 +134,12 @@ class MachineConfig(Record, frozen=True):
             boot=boot,
             exec=exec,
             modules=tuple(modules),
-            modules_dir=None if modules_dir is None else Path(fspath(modules_dir)),
+            modules_dir=None if modules_dir is None else fspath(modules_dir),
             devices=tuple(devices),
             volumes=tuple(map(Volume.of, volumes)),
             environment=tuple(environment),
             console=console,
             transport=transport,
             agent=agent,
-            root=None if root is None else Path(fspath(root)),
+            root=None if root is None else fspath(root),
         )

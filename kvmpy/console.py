@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
 
 from .core.errors import KvmpyError
 from .core.events import EventLoop
 from .core.outbox import Outbox, PlainOutbox
+from .core.typed import Protocol
 
 TAIL = 1 << 20  # bytes of output that are kept for wait_for and for reports
 OUTPUT_LIMIT = 1 << 18  # bytes under way to the host; beyond, the UART says it is busy and the guest waits
@@ -146,6 +145,8 @@ class Console:
 
         Raises ConsoleTimeout after `timeout` seconds, or at once when the machine has stopped.
         """
+        import re
+
         expression = re.compile(pattern.encode())
         deadline = time.monotonic() + timeout
         with self._news:

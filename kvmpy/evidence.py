@@ -234,9 +234,9 @@ def _linear(segment: Segment, offset: int, bits: int) -> int:
 
 
 def _read(vcpu: Vcpu, memory: GuestMemory, address: int, size: int) -> bytes:
-    """Up to `size` bytes from linear `address` on; fewer where the guest has nothing mapped, or no RAM."""
+    """Up to `size` bytes from linear `address` on; fewer where the guest has nothing mapped, no RAM, or no address."""
     data = b""
-    while len(data) < size:
+    while len(data) < size and address < 1 << 64:
         length = min(size - len(data), PAGE - address % PAGE)
         physical = vcpu.translate(address)
         if physical is None:

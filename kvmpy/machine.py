@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
 
-from .boot import cmdline, initrd, loader
+from .boot import cmdline, loader
 from .boot.spec import BootSpec, EntryPoint, Mode
 from .config import MachineConfig
 from .console import BATCH, OUTPUT_LIMIT, Console, Endpoint
 from .core.board import Attachable, Reason, Stop
-from .core.errors import CannotRunKernels, ConfigError, HostError, ImageError
+from .core.errors import CannotRunKernels, ConfigError, ImageError, exhausted
 from .core.events import EventLoop
 from .core.log import log
-from .core.memory import GuestMemory
 from .core.outbox import Outbox
 from .core.pure import PURE
+from .core.text import printable
+from .core.typed import TYPE_CHECKING, Any, Self
 from .devices.acpi_ged import AcpiGed
 from .devices.acpi_pm import AcpiPm
 from .devices.boot_timer import BootTimer
@@ -37,21 +35,22 @@ from .devices.postcode import PostCodes
 from .devices.pvpanic import Pvpanic
 from .devices.reset_control import ResetControl
 from .devices.serial import Serial
+from .foundation import Foundation
 from .kvm.fast import FastOutbox
 from .kvm.handle import Kvm, Vcpu
-from .kvm.probe import runs_ring0_natively
 from .kvm.state import Regs, Sregs
 from .mainboard import MainBoard
 from .vcpu import VcpuThread
 from .x86 import acpi, bios, cpuid, lapic, layout, longmode, mptable, msr
 
 JOIN_SECONDS = 1.0  # for a vCPU to come back from a device, and for the host to take the last output
+MAX_CAUSES = 16  # exceptions behind one another
 WATCH_SECONDS = 1.0  # how often a silent machine is looked at
 IDLE_SECONDS = 0.001  # of CPU time in that period: the vCPU did nothing
 MP_STATE_UNINITIALIZED, MP_STATE_HALTED = 1, 3  # KVM_MP_STATE_*
 RFLAGS_IF = 1 << 9
 PANIC = "Kernel panic - not syncing"  # how Linux announces that it is about to reset, or to stand still
-
+PANIC_LENGTH = 200  # characters of that line that are told: any guest can say it, and more behind it
 HALTED = "System halted"  # what it says when that was asked for
 ORDERLY = {Reason.POWEROFF, Reason.RESET, Reason.EXIT, Reason.HALT}
 
@@ -59,11 +58,14 @@ LINUX_PROTOCOLS = ("pvh", "linux64", "decompressor")
 HVC = "console=hvc0"  # behind console=ttyS0: the last one is /dev/console
 QUIET = ("quiet", "loglevel=1")  # with --exec, the console is for the command's output, and for panics
 AGENT = "kvmpy.agent=only"  # guests/init.c, as the next one
-ROOT, ROOT_TAG = "kvmpy.root=root", "root"
+ROOT_WORD, ROOT_TAG = "kvmpy.root=", "root"
+ROOT = ROOT_WORD + ROOT_TAG
 
 EXIT_MARKER = r"\nkvmpy-exit: ([0-9]{1,3})\r?\n\Z"  # guests/init.c
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .virtio.console import VirtioConsole
 
 MakeEndpoint = Callable[[EventLoop, Console], Endpoint | None]
@@ -73,12 +75,18 @@ class Machine:
     """A KVM virtual machine: `with Machine(kernel=..., mem="512M") as vm:` boots it; leaving the block ends it.
 
     Options are those of MachineConfig.of. Attach devices of your own with `add` before the start.
-    `endpoint` makes the host's end of the console; without one, output is only kept for `console`.
+    `endpoint` makes the host's end of the console; without one, output is only kept for `console`. Who has
+    something else to do before the start begins a `foundation` for the same configuration; the machine closes it.
     Raises ConfigError, ImageError, NotFoundError, HostError or KvmError, before the guest's first instruction.
     """
 
     def __init__(
-        self, config: MachineConfig | None = None, *, endpoint: MakeEndpoint | None = None, **options: Any
+        self,
+        config: MachineConfig | None = None,
+        *,
+        endpoint: MakeEndpoint | None = None,
+        foundation: Foundation | None = None,
+        **options: Any,
     ) -> None:
         self.config = config or MachineConfig.of(**options)
         self.stopped: Stop | None = None
@@ -93,6 +101,9 @@ class Machine:
         self._stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._undo = ExitStack()
         self._undo.callback(self._close_stop_event)
+        self._foundation = foundation
+        if foundation is not None:
+            self._undo.callback(foundation.close)
         self.loop = EventLoop("io", self._loop_failed)
         self._undo.callback(self.loop.stop)
         self._console_loop = EventLoop("console", self._loop_failed)
@@ -126,11 +137,15 @@ class Machine:
         each thread before it does anything, with its role: "loop" or "vcpu". See kvmpy.jail.
         """
         try:
+            if self._foundation is None:
+                self._foundation = Foundation(self.config)
+                self._undo.callback(self._foundation.close)
             image = loader.read_image(self.config.kernel or _find_kernel())
             linux = loader.plan(image, self.config.boot).protocol in LINUX_PROTOCOLS
-            self._create_vm()
-            if linux and not runs_ring0_natively(self.kvm):
-                raise CannotRunKernels()
+            self._foundation.await_it()
+            self.kvm, self.memory, self.vm = self._foundation.kvm, self._foundation.memory, self._foundation.vm
+            if linux:
+                _require_ring0(self.kvm)
             self._create_devices()
             self._create_vcpus()
             self._load(image, linux)
@@ -143,8 +158,10 @@ class Machine:
             self.boot_timer.start = self.post_codes.start = time.monotonic_ns()
             for vcpu in self.vcpus:
                 vcpu.start(in_vcpu)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if (lacking := exhausted(error)) is not None:
+                raise lacking from error
             raise
 
     def stop(self, why: Stop) -> None:
@@ -163,7 +180,7 @@ class Machine:
             for vcpu in self.vcpus:
                 vcpu.join(JOIN_SECONDS)
             self._flush_console(deadline)
-            self.stopped = self._verdict(self._stops[0])
+            self.stopped = self._verdict(self._why())
             self.console.finish(str(self.stopped))
         return self.stopped
 
@@ -177,6 +194,8 @@ class Machine:
         if self.vcpus and self.stopped is None:
             self.stop(Stop(Reason.QUIT))
             self.wait()
+        for stop in self._stops:
+            _let_go(stop.cause)
         self._undo.close()
 
     def _outbox(self) -> Outbox | None:
@@ -240,30 +259,6 @@ class Machine:
 
     # The steps of `start`.
 
-    def _create_vm(self) -> None:
-        """KVM, its fixed pages and controllers, and the guest's RAM."""
-        self.kvm = Kvm()
-        self._undo.callback(self.kvm.close)
-        self.kvm.require()
-        cpuid.check_cpus(self.config.cpus)
-        limit = cpu_limit(self.kvm)
-        if self.config.cpus > limit:
-            raise ConfigError(
-                f"{self.config.cpus} CPUs are more than this host's KVM takes", f"use --cpus {limit} or less"
-            )
-        _check_memory(self.config.mem)
-        self.memory = GuestMemory.allocate(layout.ram(self.config.mem))
-        self._undo.callback(self.memory.close)
-        self.vm = self.kvm.create_vm()
-        self._undo.callback(self.vm.close)
-        self.vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
-        self.vm.set_tss_addr(layout.KVM_TSS)
-        self.vm.create_irqchip()
-        self.vm.mask_pics()
-        self.vm.create_pit()
-        for slot, region in enumerate(self.memory.regions):
-            self.vm.set_memory(slot, region.gpa, region.buf)
-
     def _create_devices(self) -> None:
         """The board, the platform's devices and the user's."""
         self.board = MainBoard(self.vm, self.memory, self.loop, self.stop, pci=self.config.transport == "pci")
@@ -298,13 +293,8 @@ class Machine:
 
             devices += [catalogue.make(text) for text in self.config.devices]
         if self.config.root is not None:
-            from .virtio.fs import Fs
-
-            devices.append(Fs(path=self.config.root, tag=ROOT_TAG, ro=True))
-        if self.config.volumes:
-            from .virtio.fs import Fs
-
-            devices += [Fs(path=volume.host, tag=tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
+            devices.append(_share(self.config.root, ROOT_TAG, ro=True, xattrs=False))
+        devices += [_share(volume.host, tag, ro=volume.ro) for tag, volume in self.config.tagged_volumes]
         for device in devices:
             device.attach(self.board)
 
@@ -384,26 +374,30 @@ class Machine:
         if self.config.exec is not None and (self.config.initrd is not None or not linux):
             raise ConfigError("--exec needs Linux and the built-in initramfs", "leave --initrd out, or --exec")
         if self.config.initrd is not None:
+            from .boot import initrd
+
             return initrd.read(self.config.initrd, self.config.mem)
         if not linux:
             return b""
         from .boot import initramfs  # not needed by those who bring their own
 
+        disks = [word for word in self.board.words if word.startswith(ROOT_WORD)]  # virtio/root_disk.py
         wanted = [*self.board.modules, *cmdline.root_modules(self.cmdline), *self.config.modules]
-        if self.config.root is not None:
-            wanted.append("overlay")
-        modules_dir = self.config.modules_dir
+        has_root = self.config.root is not None or bool(disks)
+        if has_root:
+            wanted += ["overlay", *(word.rpartition(":")[2] for word in disks)]
+        modules_dir: str | Path | None = self.config.modules_dir
         if modules_dir is None and wanted:
             from .boot import kernels
 
-            modules_dir = kernels.modules_dir_for(Path(image.path))
+            modules_dir = kernels.modules_dir_for(image.path)
         if modules_dir is None:  # a kernel without modules has its drivers built in
             if self.board.modules:
                 _warn_of_missing_drivers(image, self.board.modules)
             wanted = list(self.config.modules)
         return initramfs.build(
             exec=self.config.exec,
-            busybox="auto" if self.config.root is None else None,
+            busybox=None if has_root else "auto",
             modules=wanted,
             modules_dir=modules_dir,
             agent=self.config.agent,
@@ -430,23 +424,28 @@ class Machine:
         """Let the host take the last output: a slow reader gets all the time it needs after an orderly end, unless
         somebody asks for a stop again; else it gets a moment."""
         asked = len(self._stops)
-        orderly = self._stops[0].reason in ORDERLY
         while not self.console.flush(JOIN_SECONDS):
             late = deadline is not None and time.monotonic() > deadline
-            if not orderly or late or len(self._stops) > asked:
+            if self._why().reason not in ORDERLY or late or len(self._stops) > asked:
                 return
+
+    def _why(self) -> Stop:
+        """The first request for a stop; but an exception of ours is told, whatever else has happened."""
+        return next((stop for stop in self._stops if stop.cause is not None), self._stops[0])
 
     def _verdict(self, stop: Stop) -> Stop:
         """What the request means: a reset right after a panic message is a panic; a power-off right after a status on
         the console, which init writes where it may not use ports, gives that status; Linux does not halt unasked."""
         if stop.reason is Reason.POWEROFF and self.config.exec is not None:
+            import re
+
             marker = re.search(EXIT_MARKER, self.console.text)
             if marker:
                 return Stop(Reason.EXIT, f"status {marker[1]}", status=int(marker[1]))
         text = self.console.text
         if stop.reason in (Reason.RESET, Reason.HALT) and PANIC in text:
-            line = text[text.rindex(PANIC) :].splitlines()[0]
-            return Stop(Reason.PANIC, line.removeprefix(PANIC).lstrip(": "))
+            line = text[text.rindex(PANIC) + len(PANIC) :][:PANIC_LENGTH].partition("\n")[0]
+            return Stop(Reason.PANIC, printable(line).strip(": "))
         if stop.reason is Reason.HALT and self.entry.protocol in LINUX_PROTOCOLS and HALTED not in text:
             return Stop(Reason.CRASH, "the kernel gave up: every CPU is halted with interrupts off")
         return stop
@@ -459,15 +458,37 @@ class Machine:
         self.stop(Stop(Reason.ERROR, f"{type(error).__name__} in a device: {error}", cause=error))
 
 
-def _find_kernel() -> Path:
+def _share(folder: str, tag: str, *, ro: bool, xattrs: bool = True) -> Attachable:
+    from pathlib import Path  # not needed by most
+
+    from .virtio.fs import Fs
+
+    return Fs(path=Path(folder), tag=tag, ro=ro, xattrs=xattrs)
+
+
+def _require_ring0(kvm: Kvm) -> None:
+    from .kvm.probe import runs_ring0_natively  # tiny guests get along without
+
+    if not runs_ring0_natively(kvm):
+        raise CannotRunKernels()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Have frames that an exception has left forget what they had in hand: with guest memory among it, that could not
+    be unmapped."""
+    for _ in range(MAX_CAUSES):
+        trace = error.__traceback__ if error is not None else None
+        while trace is not None:
+            with suppress(RuntimeError):  # it still runs
+                trace.tb_frame.clear()
+            trace = trace.tb_next
+        error = error and (error.__cause__ or error.__context__)
+
+
+def _find_kernel() -> str:
     from .boot import kernels  # not needed by those who name one
 
-    return kernels.find_kernel()
-
-
-def cpu_limit(kvm: Kvm) -> int:
-    """How many vCPUs a machine can have on this host."""
-    return min(kvm.check("KVM_CAP_MAX_VCPUS"), kvm.check("KVM_CAP_MAX_VCPU_ID"))
+    return str(kernels.find_kernel())
 
 
 def _halted_for_good(thread: VcpuThread) -> bool:
@@ -490,18 +511,9 @@ def _warn_of_missing_drivers(image: loader.KernelImage, wanted: list[str]) -> No
     if missing:
         from .boot import kernels
 
-        folders = kernels.modules_dirs(Path(image.path))
+        folders = kernels.modules_dirs(image.path)
         none = f"there is no {' or '.join(map(str, folders))}" if folders else "it tells no version to find modules by"
         log.warning(
             f"kernel {image.path} has no {', '.join(missing)} built in, and {none}; "
             "give the folder of its modules with --modules-dir, or an --initrd that has them"
-        )
-
-
-def _check_memory(size: int) -> None:
-    """Refuse RAM that the host cannot have: the kernel's OOM killer gives no error message."""
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > host:
-        raise HostError(
-            f"{size >> 20} MiB of memory are more than the {host >> 20} MiB of this host", "use less with --mem"
         )

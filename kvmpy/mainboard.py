@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from .core.board import Stop
 from .core.bus import Bus, BusDevice
@@ -18,6 +17,7 @@ from .core.irq import IrqLine
 from .core.log import LEVELS, log
 from .core.memory import GuestMemory
 from .core.sink import Sink
+from .core.typed import TYPE_CHECKING, Any
 from .kvm.fast import MMIO, Cells
 from .kvm.handle import Vm
 from .kvm.irq import GsiLine, MsiLine, MsiRouter

@@ -13,10 +13,12 @@ from collections import deque
 from types import TracebackType
 from typing import Any, Self
 
-from .core.errors import ConfigError, KvmpyError, TimedOut
+from .core.board import Reason, Stop
+from .core.errors import ConfigError, TimedOut
 from .sandbox import Sandbox
 
 MAX_SIZE = 1024
+LOOK_SECONDS = 1.0  # from the death of a sandbox that waits to its replacement
 
 
 class SandboxPool:
@@ -32,9 +34,10 @@ class SandboxPool:
         self.size = size
         self._options = options
         self._change = threading.Condition()
-        self._ready: deque[Sandbox | KvmpyError] = deque()
+        self._ready: deque[Sandbox | Exception] = deque()
         self._closing = False
         self._thread: threading.Thread | None = None
+        self._starting: Sandbox | None = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -46,10 +49,12 @@ class SandboxPool:
 
     def __len__(self) -> int:
         """How many are ready."""
-        return sum(isinstance(item, Sandbox) for item in list(self._ready))
+        return sum(isinstance(item, Sandbox) and item.stopped is None for item in list(self._ready))
 
     def start(self) -> Self:
         """Begin to start sandboxes, one after the other."""
+        if self._thread is not None:
+            raise ConfigError("this pool was started before", "make another one")
         self._thread = threading.Thread(target=self._fill, name="kvmpy-pool", daemon=True)
         self._thread.start()
         return self
@@ -71,7 +76,7 @@ class SandboxPool:
                     continue
                 item = self._ready.popleft()
                 self._change.notify_all()
-                if isinstance(item, KvmpyError):
+                if isinstance(item, Exception):
                     raise item
                 if item.stopped is None:
                     return item
@@ -82,6 +87,8 @@ class SandboxPool:
         with self._change:
             self._closing = True
             self._change.notify_all()
+            if self._starting is not None:  # not to be waited for
+                self._starting.machine.stop(Stop(Reason.QUIT))
         if self._thread is not None:
             self._thread.join()
         while self._ready:
@@ -89,19 +96,35 @@ class SandboxPool:
             if isinstance(item, Sandbox):
                 item.close()
 
+    def _bury(self) -> None:
+        """Close the sandboxes that have died while they waited."""
+        with self._change:
+            dead = [item for item in self._ready if isinstance(item, Sandbox) and item.stopped is not None]
+            for item in dead:
+                self._ready.remove(item)
+        for item in dead:
+            item.close()
+
     def _fill(self) -> None:
         while True:
+            self._bury()
             with self._change:
-                self._change.wait_for(lambda: self._closing or len(self._ready) < self.size)
+                is_wanted = self._change.wait_for(lambda: self._closing or len(self._ready) < self.size, LOOK_SECONDS)
                 if self._closing:
                     return
-            item: Sandbox | KvmpyError
+                if not is_wanted:
+                    continue
+                self._starting = sandbox = Sandbox(**self._options)
+            item: Sandbox | Exception
             try:
-                item = Sandbox(**self._options).start()
-            except KvmpyError as error:
+                item = sandbox.start()
+            except Exception as error:  # the thread's guard, too: who waits for a sandbox would wait for ever
                 item = error
             with self._change:
-                if isinstance(item, KvmpyError):  # for who waits now or comes next; no use to fill the pool with it
+                self._starting = None
+                if self._closing and isinstance(item, Exception):
+                    return
+                if isinstance(item, Exception):  # for who waits now or comes next; no use to fill the pool with it
                     self._ready.append(item)
                     self._change.notify_all()
                     self._change.wait_for(lambda: self._closing or not self._ready)

@@ -7,7 +7,7 @@
     def test_with_options(kvm_sandbox): ...
 
     def test_boots(kvm_machine): ...                  # a Machine with the built-in initramfs, running
-    def test_two(kvm_machine_factory): ...            # kvm_machine_factory(**options) makes and starts another one
+    def test_two(kvm_machine_factory): ...            # kvm_machine_factory(*devices, **options) makes and starts one
 
     @pytest.mark.requires_kvm                         # skipped, with the reason, where Linux cannot be booted
     def test_by_hand(): ...
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from .core.board import Attachable
     from .machine import Machine
     from .sandbox import Sandbox
 
@@ -63,14 +64,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def kvm_machine_factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., Machine]]:
-    """Makes and starts a Machine; its options are those of Machine, --kvm-kernel and --kvm-mem are their defaults."""
+    """Makes and starts a Machine with these devices added, such as disks with faults (kvmpy.faults); its options are
+    those of Machine, --kvm-kernel and --kvm-mem are their defaults."""
     from .machine import Machine
 
     with ExitStack() as running:
 
-        def make(**options: Any) -> Machine:
+        def make(*devices: Attachable, **options: Any) -> Machine:
             machine = Machine(**_defaults(request) | options)
             _remember(request, machine)
+            for device in devices:
+                machine.add(device)
             return running.enter_context(machine)
 
         _skip_without_kvm()
@@ -110,8 +114,11 @@ def pytest_runtest_makereport(
 
 
 def _testimony(machine: Machine) -> Iterator[tuple[str, str]]:
-    """Titles with texts: why it stopped or where it is, with registers and last exits; and its console's last lines."""
+    """Titles with texts: why it stopped or where it is, with registers and last exits; its kernel's oopses; and its
+    console's last lines."""
     from .core.board import Reason, Stop
+    from .core.text import printable
+    from .oops import oops
     from .report import crash_report
 
     if machine.started_at:
@@ -123,8 +130,10 @@ def _testimony(machine: Machine) -> Iterator[tuple[str, str]]:
                 )
         except Exception as error:  # it is half taken apart; the test's own failure is what counts
             yield "state", f"not to be had: {type(error).__name__}: {error}"
-    lines = machine.console.text.splitlines()[-CONSOLE_LINES:]
-    yield "console", "\n".join(lines) or "(nothing was written to it)"
+    text = printable(machine.console.text)
+    if said := oops(text):
+        yield "oops", said
+    yield "console", "\n".join(text.splitlines()[-CONSOLE_LINES:]) or "(nothing was written to it)"
 
 
 def _remember(request: pytest.FixtureRequest, machine: Machine) -> None:

@@ -7,7 +7,6 @@ a device answers, and round again. Other threads talk to it through `pause`, `re
 from __future__ import annotations
 
 import errno
-import signal
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from .core.board import Reason, Stop
 from .core.bus import Bus
 from .core.errors import KvmError
 from .core.pure import PURE
+from .core.signals import signal
 from .kvm import exits, fast
 from .kvm.exits import Exit
 from .kvm.handle import Vcpu, prepare_kick

@@ -16,7 +16,7 @@ typedef unsigned long u64;
 enum { PORT = 1024, VERSION = 1 };
 enum { MAX_DATA = 64 << 10, MAX_EXEC = 2 << 20, WINDOW_SIZE = 256 << 10, MAX_LIMITS = 16 };
 enum { STDIN, STDOUT, STDERR };
-enum { TO_COMMAND, TO_GROUP };
+enum { TO_COMMAND, TO_GROUP, TO_ALL };
 #define UNCHANGED 0xffffffffU
 
 enum kind {
@@ -40,7 +40,9 @@ enum kind {
 	RENAME = 38,
 	PACK = 39,
 	UNPACK = 40,
+	CHANGES = 41,
 	ENTRY = 48,
+	DIAL = 49,
 };
 
 enum stage {
@@ -52,6 +54,7 @@ enum stage {
 	STAGE_EXEC = 6,
 	STAGE_LOADER = 7,
 	STAGE_FILE = 8,
+	STAGE_PORT = 9,
 };
 
 enum run_flags { RUN_TTY = 1, RUN_STDIN = 2, RUN_STDOUT = 4, RUN_STDERR = 8, RUN_MERGE = 16 };
@@ -63,6 +66,7 @@ enum file_flags {
 	HOW_PARENTS = 8,
 	HOW_NOFOLLOW = 16,
 	HOW_RECURSIVE = 32,
+	HOW_CONTENT = 64,
 };
 
 struct header {
@@ -140,11 +144,32 @@ struct identity {
 
 long identify(const char *spec, struct identity *identity);
 
+/* tree.c */
+void keep_descendants(void);
+u32 signal_tree(int signal, u32 group);
+void kill_tree(void);
+
 /* command.c */
 __attribute__((noreturn)) void serve_command(char *payload, unsigned long size);
 
+/* changes.c */
+void changes(const char *upper, const char *lower, int content);
+
 /* files.c */
+enum { DEPTH = 256, PATH_SIZE = 4096 };
+enum { NO_FOLLOW = 0x100, TYPE = 0170000, FOLDER = 0040000, REGULAR = 0100000, LINK = 0120000, CHARACTER = 0020000 };
+#define IS(mode, type) (((mode)&TYPE) == (type))
+#define OPEN_FOLDER (O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
+extern char relative[PATH_SIZE]; /* the name, in a tree, of what is sent */
+__attribute__((noreturn)) void fail_file(long error, const char *name);
+u64 enter_name(const char *name, int depth);
+void send_link(int dir, const char *name, const struct stat *status, const char *told);
+void send_content(int fd);
+long each_name(int dir, long (*each)(int dir, const char *name, int depth), int depth);
 __attribute__((noreturn)) void serve_files(struct frame *request);
+
+/* port.c */
+__attribute__((noreturn)) void serve_port(struct frame *request);
 
 static inline u64 now(void)
 {

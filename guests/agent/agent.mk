@@ -1,6 +1,6 @@
 # The agent, which serves the host in the guest; shipped in the package as kvmpy/guest/agent. Built as init is.
 AGENT := ../kvmpy/guest/agent
-AGENT_SOURCES := $(addprefix agent/,main.c frames.c users.c command.c files.c)
+AGENT_SOURCES := $(addprefix agent/,main.c frames.c users.c tree.c command.c files.c changes.c port.c)
 
 .PHONY: agent
 agent: $(AGENT)

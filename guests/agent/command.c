@@ -19,7 +19,7 @@ static struct limit *limits;
 static char *cwd, *user, **argv, **envp;
 static struct identity identity;
 
-static long command; /* its pid, which is also its process group: kept by not reaping it */
+static long command; /* its pid, which is also its process group */
 static int ended;
 static u64 began;
 static int master = -1;                     /* of its terminal */
@@ -311,10 +311,11 @@ static void begin(void)
 
 /* Its streams. */
 
+/* Nobody waits for the command any more: it ends, with all that it has started. */
 static void lost(void)
 {
 	if (!ended)
-		SYS(kill, -command, SIGKILL);
+		kill_tree();
 }
 
 __attribute__((noreturn)) static void broken(const char *text)
@@ -426,6 +427,16 @@ static void take_input(const char *data, u64 size)
 	}
 }
 
+static void send_signal(int whom, u32 signal)
+{
+	if (whom == TO_ALL && signal == SIGKILL)
+		kill_tree();
+	else if (whom == TO_ALL || (whom == TO_GROUP && ended)) /* its number may be that of another one by now */
+		signal_tree(signal, whom == TO_ALL ? 0 : command);
+	else if (!ended)
+		SYS(kill, whom == TO_GROUP ? -command : command, signal);
+}
+
 static void act(const struct header *head, const char *payload)
 {
 	u32 value = 0;
@@ -440,8 +451,8 @@ static void act(const struct header *head, const char *payload)
 	} else if (head->kind == WINDOW && head->stream != STDIN && head->length == sizeof value &&
 		   window[head->stream] + value <= 0xffffffffUL) {
 		window[head->stream] += value;
-	} else if (head->kind == SIGNAL && head->stream <= TO_GROUP && head->length == sizeof value) {
-		SYS(kill, head->stream == TO_GROUP ? -command : command, value);
+	} else if (head->kind == SIGNAL && head->length == sizeof value) {
+		send_signal(head->stream, value);
 	} else if (head->kind == RESIZE && head->length == sizeof cells && master >= 0) {
 		struct winsize size = {0};
 
@@ -481,25 +492,37 @@ static void listen(void)
 		move(in, in + at, in_used);
 }
 
-static void look_for_end(int signals)
+static void tell_end(const siginfo_t *info, const struct rusage *usage)
+{
+	struct exit how = {
+		.status = info->si_code == CLD_EXITED ? info->si_status & 0xff : 0,
+		.signal = info->si_code == CLD_EXITED ? 0 : info->si_status,
+		.core = info->si_code == CLD_DUMPED,
+		.elapsed = now() - began,
+		.user = usage->ru_utime.tv_sec * 1000000UL + usage->ru_utime.tv_usec,
+		.system = usage->ru_stime.tv_sec * 1000000UL + usage->ru_stime.tv_usec,
+		.maxrss = usage->ru_maxrss,
+	};
+
+	ended = 1;
+	queue(EXIT, 0, &how, sizeof how);
+}
+
+/* Reap the command, and what it has left without a parent. */
+static void reap(int signals)
 {
 	char told[128]; /* struct signalfd_siginfo */
-	struct rusage usage;
-	siginfo_t info = {0};
-	struct exit how = {0};
 
 	SYS(read, signals, told, sizeof told);
-	if (ended || SYS(waitid, P_PID, command, &info, WEXITED | WNOHANG | WNOWAIT, &usage) || !info.si_pid)
-		return;
-	ended = 1;
-	how.status = info.si_code == CLD_EXITED ? info.si_status & 0xff : 0;
-	how.signal = info.si_code == CLD_EXITED ? 0 : info.si_status;
-	how.core = info.si_code == CLD_DUMPED;
-	how.elapsed = now() - began;
-	how.user = usage.ru_utime.tv_sec * 1000000UL + usage.ru_utime.tv_usec;
-	how.system = usage.ru_stime.tv_sec * 1000000UL + usage.ru_stime.tv_usec;
-	how.maxrss = usage.ru_maxrss;
-	queue(EXIT, 0, &how, sizeof how);
+	for (;;) {
+		struct rusage usage;
+		siginfo_t info = {0};
+
+		if (SYS(waitid, P_ALL, 0, &info, WEXITED | WNOHANG, &usage) || !info.si_pid)
+			return;
+		if (info.si_pid == command)
+			tell_end(&info, &usage);
+	}
 }
 
 /* Until the client has gone. */
@@ -510,7 +533,7 @@ __attribute__((noreturn)) static void carry_all(int signals)
 	for (;;) {
 		struct pollfd waits[5] = {
 			{.fd = peer, .events = POLLIN | (out_used ? POLLOUT : 0)},
-			{.fd = ended ? -1 : signals, .events = POLLIN},
+			{.fd = signals, .events = POLLIN},
 			/* without events, to hear that nobody reads it */
 			{.fd = ends[STDIN], .events = ring_used || input_ended ? POLLOUT : 0},
 			{.fd = window[STDOUT] && !out_used ? ends[STDOUT] : -1, .events = POLLIN},
@@ -521,7 +544,7 @@ __attribute__((noreturn)) static void carry_all(int signals)
 		if (waits[0].revents & (POLLIN | POLLHUP | POLLERR))
 			listen();
 		if (waits[1].revents)
-			look_for_end(signals);
+			reap(signals);
 		if (ends[STDIN] >= 0 && waits[2].revents)
 			feed(waits[2].revents & (POLLERR | POLLHUP));
 		for (int i = 0; i < 2; i++) { /* in turn, so that neither keeps the other waiting */
@@ -553,6 +576,7 @@ void serve_command(char *payload, u64 size)
 	int signals;
 
 	parse(payload, size);
+	keep_descendants();
 	SYS(rt_sigprocmask, SIG_BLOCK, &child, 0, sizeof child);
 	signals = SYS(signalfd4, -1, &child, sizeof child, O_CLOEXEC | O_NONBLOCK);
 	need(signals, "descriptors");

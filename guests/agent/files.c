@@ -1,17 +1,13 @@
 /* Requests for files, with the agent's own rights. Trees are walked by descriptors, so that no link leads out of them. */
 #include "agent.h"
 
-enum { DEPTH = 256, PATH_SIZE = 4096 };
-enum { AT_CWD = -100, NO_FOLLOW = 0x100, REMOVE_FOLDER = 0x200, RENAME_NO_REPLACE = 1 };
-enum { TYPE = 0170000, FOLDER = 0040000, REGULAR = 0100000, LINK = 0120000 };
-#define IS(mode, type) (((mode)&TYPE) == (type))
-#define OPEN_FOLDER (O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
+enum { AT_CWD = -100, REMOVE_FOLDER = 0x200, RENAME_NO_REPLACE = 1 };
 
 static struct file_request request;
 static char path[PATH_SIZE], path2[PATH_SIZE];
 static struct frame incoming;
 
-__attribute__((noreturn)) static void fail_file(long error, const char *name)
+__attribute__((noreturn)) void fail_file(long error, const char *name)
 {
 	fail(STAGE_FILE, error, name);
 }
@@ -110,7 +106,7 @@ static void send_entry(const struct stat *status, const char *name, const char *
 }
 
 /* The entry of `name` in `dir`, told as `told`; a link's target is with it. */
-static void send_link(int dir, const char *name, const struct stat *status, const char *told)
+void send_link(int dir, const char *name, const struct stat *status, const char *told)
 {
 	char target[PATH_SIZE] = "";
 	long n = IS(status->st_mode, LINK) ? SYS(readlinkat, dir, name, target, sizeof target - 1) : 0;
@@ -120,7 +116,7 @@ static void send_link(int dir, const char *name, const struct stat *status, cons
 }
 
 /* Call `each` for every name in the open folder but the dot ones, until one returns an error; 0, or that. */
-static long each_name(int dir, long (*each)(int dir, const char *name, int depth), int depth)
+long each_name(int dir, long (*each)(int dir, const char *name, int depth), int depth)
 {
 	char buf[2048] __attribute__((aligned(8)));
 	long n;
@@ -308,9 +304,22 @@ static void rename_request(void)
 
 /* Trees out of the guest. */
 
-static char relative[PATH_SIZE]; /* the name, in the tree, of what is sent */
+char relative[PATH_SIZE];
 
-static void send_content(int fd)
+/* Add `name` to `relative`; where that ended before. */
+u64 enter_name(const char *name, int depth)
+{
+	u64 end = length(relative);
+
+	if (depth > DEPTH || end + length(name) + 2 > sizeof relative)
+		fail_file(-ENAMETOOLONG, relative);
+	if (end)
+		append(relative, sizeof relative, "/");
+	append(relative, sizeof relative, name);
+	return end;
+}
+
+void send_content(int fd)
 {
 	static char data[MAX_DATA];
 	long n;
@@ -326,17 +335,13 @@ static void send_content(int fd)
 
 static long pack_one(int dir, const char *name, int depth)
 {
-	u64 end = length(relative);
 	struct stat status;
 	long fd;
+	u64 end;
 
 	if (SYS(newfstatat, dir, name, &status, NO_FOLLOW))
 		return 0; /* it has gone since */
-	if (depth > DEPTH || end + length(name) + 2 > sizeof relative)
-		fail_file(-ENAMETOOLONG, relative);
-	if (end)
-		append(relative, sizeof relative, "/");
-	append(relative, sizeof relative, name);
+	end = enter_name(name, depth);
 	if (IS(status.st_mode, FOLDER) || IS(status.st_mode, REGULAR)) {
 		fd = SYS(openat, dir, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
 		if (fd < 0 && fd != -ENOENT)
@@ -542,6 +547,12 @@ static void unpack(void)
 	send_frame(END, 0, 0, 0);
 }
 
+static void changes_request(void)
+{
+	changes(path, path2, !!(request.flags & HOW_CONTENT));
+	send_frame(END, 0, 0, 0);
+}
+
 void serve_files(struct frame *frame)
 {
 	const char *at = frame->payload + sizeof request, *end = frame->payload + frame->head.length;
@@ -555,6 +566,7 @@ void serve_files(struct frame *frame)
 		[RENAME - READ] = rename_request,
 		[PACK - READ] = pack,
 		[UNPACK - READ] = unpack,
+		[CHANGES - READ] = changes_request,
 	};
 
 	if (frame->head.length < sizeof request)
@@ -562,7 +574,7 @@ void serve_files(struct frame *frame)
 	memcpy(&request, frame->payload, sizeof request);
 	SYS(chdir, "/");
 	take_path(&at, end, path);
-	if (frame->head.kind == RENAME)
+	if (frame->head.kind == RENAME || frame->head.kind == CHANGES)
 		take_path(&at, end, path2);
 	if (at != end)
 		fail(STAGE_PROTOCOL, -EPROTO, "bad file request");

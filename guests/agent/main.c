@@ -56,7 +56,9 @@ __attribute__((noreturn)) static void serve(void)
 	if (request.head.kind == EXEC)
 		serve_command(receive_exec(&request.head), request.head.length);
 	receive_payload(&request);
-	if (request.head.kind < READ || request.head.kind > UNPACK)
+	if (request.head.kind == DIAL)
+		serve_port(&request);
+	if (request.head.kind < READ || request.head.kind > CHANGES)
 		fail(STAGE_PROTOCOL, -ENOSYS, "no such request");
 	serve_files(&request);
 }

@@ -13,7 +13,7 @@ MAGIC = b"\x7fELF"
 REBUILD = "the file is damaged or was not copied completely: get it again"
 PROGRAM = ("a program for Linux, not a kernel", "give a kernel (bzImage or vmlinux) with --kernel")
 MAX_PROGRAMS = 256  # Linux has 5; e_phnum allows 65,535
-MAX_NOTES = 64 << 10  # bytes; Linux has 512
+MAX_NOTES = 64 << 10  # bytes of all together; Linux has 512
 
 CLASS32, CLASS64 = 1, 2  # e_ident[EI_CLASS]
 LITTLE_ENDIAN = 1  # e_ident[EI_DATA]
@@ -147,6 +147,7 @@ def parse(data: memoryview) -> Elf:
     header = _header(data)
     segments: list[Segment] = []
     pvh = None
+    noted = 0
     end = header.shoff + header.shnum * header.shentsize
     for index, program in enumerate(_programs(data, header)):
         if program.type == PT_INTERP:
@@ -156,6 +157,9 @@ def parse(data: memoryview) -> Elf:
         end = max(end, program.offset + program.filesz)
         content = _content(data, index, program)
         if program.type == PT_NOTE:
+            noted += len(content)
+            if noted > MAX_NOTES:  # segments may share their bytes: the file's length bounds nothing
+                raise ImageError(f"notes of more than {MAX_NOTES} bytes, which no kernel has", REBUILD)
             pvh = pvh or _pvh_entry(content, program.align)
         elif program.memsz:
             segments.append(Segment(program.paddr, content, program.memsz, program.vaddr))
@@ -223,8 +227,6 @@ def _pvh_entry(notes: memoryview, align: int) -> int | None:
 
 def _notes(notes: memoryview, align: int) -> Iterator[tuple[bytes, int, bytes]]:
     """(name, type, description) of each note of a PT_NOTE segment."""
-    if len(notes) > MAX_NOTES:
-        raise ImageError(f"notes of {len(notes)} bytes, a kernel has less than {MAX_NOTES}", REBUILD)
     unit = 8 if align == 8 else 4  # gABI: aligned to p_align; everything but 8 has always meant 4
     at = 0
     while at + NoteHeader.SIZE <= len(notes):  # ends: each note has at least its header, and there are MAX_NOTES bytes

@@ -8,7 +8,7 @@ import os
 import stat
 from contextlib import suppress
 
-from ..core.errors import ConfigError, HostError, ImageError, NotFoundError
+from ..core.errors import ConfigError, HostError, ImageError, NotFoundError, exhausted
 from ..x86.layout import MIB
 
 CHUNK = MIB
@@ -18,7 +18,8 @@ def read(path: str | os.PathLike[str], what: str, limit: int, remedy: str = "giv
     """The content of the regular file or pipe at `path`, at most `limit` bytes.
 
     `what` is the file's role in messages, `remedy` what to do when it is too large. A regular file is mapped, not
-    read: of a vmlinux with debug information, a tenth is ever looked at. It must not be truncated while in use.
+    read: of a vmlinux with debug information, a tenth is ever looked at. Where somebody truncates it meanwhile, SIGBUS
+    ends the process; the command line has that explained (kvm.handle.explain_bus_errors).
     Raises NotFoundError, HostError, ConfigError for what is no path, and ImageError when too large.
     """
     name = f"{what} {os.fspath(path)}"
@@ -32,7 +33,7 @@ def read(path: str | os.PathLike[str], what: str, limit: int, remedy: str = "giv
     except PermissionError:
         raise HostError(f"{name}: permission denied", "make it readable (sudo chmod +r), or give a copy") from None
     except OSError as error:
-        raise HostError(f"{name}: {error.strerror}", "give a readable file") from None
+        raise exhausted(error) or HostError(f"{name}: {error.strerror}", "give a readable file") from None
 
 
 def _open(path: str | os.PathLike[str], what: str) -> io.FileIO:

@@ -73,7 +73,7 @@ def build(
     files: Sequence[tuple[Path, str]] = (),
     busybox: Path | Literal["auto"] | None = "auto",
     modules: Sequence[str] = (),
-    modules_dir: Path | None = None,
+    modules_dir: str | Path | None = None,
     agent: bool = False,
     volumes: Sequence[tuple[str, str, bool]] = (),
 ) -> bytes:
@@ -97,7 +97,7 @@ def _build(
     files: Sequence[tuple[Path, str]],
     busybox: Path | Literal["auto"] | None,
     modules: Sequence[str],
-    modules_dir: Path | None,
+    modules_dir: str | Path | None,
     agent: bool,
     volumes: Sequence[tuple[str, str, bool]],
 ) -> bytes:
@@ -114,7 +114,7 @@ def _build(
     if modules:
         if modules_dir is None:
             raise ConfigError("kernel modules need a modules folder", "give one with --modules-dir")
-        tree.add_modules(kernel_modules.find_folder(modules_dir), modules)
+        tree.add_modules(kernel_modules.find_folder(Path(modules_dir)), modules)
     if exec is not None:
         tree.add_command(exec)
     if volumes:

@@ -43,13 +43,14 @@ def find_kernel(root: Path = Path("/")) -> Path:
     raise NotFoundError("no kernel on this host", f"{FETCH}, or give one with --kernel")
 
 
-def modules_dir_for(kernel: Path, root: Path = Path("/")) -> Path | None:
+def modules_dir_for(kernel: str | Path, root: Path = Path("/")) -> Path | None:
     """The first of `modules_dirs` that is there; None without one."""
     return next((path for path in modules_dirs(kernel, root) if path.is_dir()), None)
 
 
-def modules_dirs(kernel: Path, root: Path = Path("/")) -> list[Path]:
+def modules_dirs(kernel: str | Path, root: Path = Path("/")) -> list[Path]:
     """Where the modules folder of `kernel` may be: beside it, in the tree it was unpacked in, or the host's."""
+    kernel = Path(kernel)
     version = kernel_version(kernel)
     if not version:
         return []

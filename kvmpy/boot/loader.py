@@ -7,11 +7,20 @@ from collections.abc import Callable
 from functools import cached_property, partial
 
 from ..core.errors import ConfigError, ImageError
+from ..core.later import later
 from ..core.memory import GuestMemory
 from ..core.record import Record, replace
+from ..core.typed import TYPE_CHECKING
 from ..x86.layout import GIB
-from . import bzimage, elf, files, flat, identify, linux64, multiboot, payload, pvh
+from . import files, payload
 from .spec import BootSpec, EntryPoint
+
+if TYPE_CHECKING:
+    from . import bzimage, elf, flat, identify, linux64, multiboot, pvh
+else:
+    bzimage, elf, flat, identify, linux64, multiboot, pvh = later(
+        __package__, "bzimage elf flat identify linux64 multiboot pvh"
+    )
 
 PROTOCOLS = ("auto", "pvh", "linux64", "decompressor", "multiboot", "flat")
 MAX_FILE = 4 * GIB  # a vmlinux with all debug information there is has 2

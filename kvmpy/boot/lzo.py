@@ -9,7 +9,8 @@ from __future__ import annotations
 import struct
 import zlib
 
-MAGIC = b"\x89LZO\x00\r\n\x1a\n"
+from .payload import LZO_MAGIC
+
 OLDEST = 0x0940  # lzop versions before have a shorter header; the kernel's build has never used them
 ADLER32_D, ADLER32_C = 0x0001, 0x0002  # header flags: which checksums a block has, of its data and of its compression
 EXTRA_FIELD, CRC32_D, CRC32_C, FILTER = 0x0040, 0x0100, 0x0200, 0x0800
@@ -54,10 +55,10 @@ def _blocks(data: memoryview, limit: int) -> tuple[bytes, int]:
 
 def _header(data: memoryview) -> tuple[int, int]:
     """The flags, and where the first block starts."""
-    version, _library, _needed, _method, _level, flags = struct.unpack_from(">HHHBBI", data, len(MAGIC))
+    version, _library, _needed, _method, _level, flags = struct.unpack_from(">HHHBBI", data, len(LZO_MAGIC))
     if version < OLDEST or flags & EXTRA_FIELD:
         raise ValueError("is of a kind of lzop file that no kernel build makes")
-    at = len(MAGIC) + 12 + (4 if flags & FILTER else 0)
+    at = len(LZO_MAGIC) + 12 + (4 if flags & FILTER else 0)
     at += 12  # mode, time of modification (two words)
     at += 1 + data[at]  # name
     return flags, at + 4  # checksum of the header

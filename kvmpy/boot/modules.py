@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from ..core.errors import ConfigError, HostError, ImageError, NotFoundError
@@ -99,20 +100,21 @@ def _lines(path: Path) -> Iterable[str]:
 
 
 class _Index:
-    """What the modules.* files of one folder say. Modules are known by their canonical name."""
+    """What the modules.* files of one folder say. Modules are known by their canonical name.
+
+    Of thousands of lines a few are wanted: the rest is looked at no closer than it must be.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._aliases: dict[str, list[str]] | None = None
-        self.files: dict[str, Path] = {}
-        self.needs: dict[str, list[str]] = {}
+        self.files: dict[str, str] = {}
+        self._needs: dict[str, str] = {}
         for line in _lines(folder / "modules.dep"):
             file, _, needs = line.partition(":")
             name = self._name(file)
-            self.files[name] = Path(file)
-            # The last one is to be loaded first.
-            self.needs[name] = [self._name(need) for need in reversed(needs.split())]
-        self.builtin = {self._name(line) for line in _lines(folder / "modules.builtin")}
+            self.files[name] = file
+            self._needs[name] = needs
         self.before: dict[str, list[str]] = {}
         self.after: dict[str, list[str]] = {}
         for line in _lines(folder / "modules.softdep"):
@@ -120,7 +122,16 @@ class _Index:
 
     @staticmethod
     def _name(file: str) -> str:
-        return _canonical(SUFFIX.sub("", file.rpartition("/")[2]))
+        name = file.rpartition("/")[2]
+        return _canonical(name[:-3] if name.endswith(".ko") else SUFFIX.sub("", name))
+
+    @cached_property
+    def builtin(self) -> set[str]:
+        return {self._name(line) for line in _lines(self._folder / "modules.builtin")}
+
+    def needs(self, name: str) -> list[str]:
+        """The modules that `name` needs; in modules.dep, the last one is to be loaded first."""
+        return [self._name(need) for need in reversed(self._needs[name].split())]
 
     def _add_soft(self, words: list[str]) -> None:
         """`softdep NAME pre: A B post: C`; names before the first of the two are ignored, as modprobe does."""
@@ -154,7 +165,7 @@ def _visit(index: _Index, module: str, order: dict[str, Path]) -> None:
         if name in order or name not in index.files:
             continue
         if ready:
-            order[name] = index.files[name]
+            order[name] = Path(index.files[name])
             continue
         if name in entered:
             continue
@@ -165,4 +176,4 @@ def _visit(index: _Index, module: str, order: dict[str, Path]) -> None:
         }
         stack += [(other, False) for other in reversed(soft["after"])]
         stack.append((name, True))
-        stack += [(other, False) for other in reversed(soft["before"] + index.needs[name])]
+        stack += [(other, False) for other in reversed(soft["before"] + index.needs(name))]

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
-from typing import Any
+import threading
+from collections import deque
 
 from ..core import progress
 from ..core.errors import ImageError
+from ..core.typed import Any
 from ..core.wire import Buffer
 from ..x86.layout import GIB, MIB
-from . import cache, lzo
 
 MAX = GIB  # no kernel decompresses to more
 MAX_DICTIONARY = 256 * MIB  # LZMA decoder memory; kernels are made with dictionaries of up to 128 MiB
 LZ4_BLOCK = 8 * MIB  # the legacy format's fixed block size (lz4's doc/lz4_Frame_format.md, "Legacy frame")
+MAX_THREADS = 4  # that decompress such blocks
 ZSTD_STEP = 4096  # bytes of input at a time: even if all were RLE blocks, they make 128 MiB, no more
 AGAIN = "the file is damaged or was not copied completely: get it again"
 
+LZO_MAGIC = b"\x89LZO\x00\r\n\x1a\n"
 MAGIC = {  # first bytes (boot.rst, payload_offset; lib/decompress.c)
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\x5d\x00\x00": "lzma",
     b"\xfd7zXZ\x00": "xz",
-    lzo.MAGIC: "lzo",
+    LZO_MAGIC: "lzo",
     b"\x02\x21\x4c\x18": "lz4",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
@@ -56,6 +60,8 @@ def decompress(data: memoryview, limit: int = MAX) -> bytes:
     if name in UNCACHED:
         content = _decompress(name, data, limit)
     else:
+        from . import cache
+
         content = cache.recall(data, lambda: _decompress(name, data, limit))
     if len(content) > limit:
         raise ImageError(f"its {name} data has more than {limit} bytes", AGAIN)
@@ -144,29 +150,56 @@ def _zstd_decoder() -> tuple[Any, type[Exception]]:
 
 
 def _lzo(data: memoryview, limit: int) -> tuple[bytes, bytes]:
+    from . import lzo
+
     content, end = lzo.decompress(data, limit)
     return content, bytes(data[end : end + 8])
 
 
 def _lz4(data: memoryview, limit: int) -> tuple[bytes, bytes]:
-    """The legacy frame: blocks of a 4-byte length and data, each of 8 MiB but the last; no end mark, no checksum."""
+    """The legacy frame: blocks of a 4-byte length and data, each of 8 MiB but the last; no end mark, no checksum.
+
+    They need nothing of each other, so that several CPUs can work on them.
+    """
     import lz4.block
 
-    parts, total, at = [], 0, 4
-    while at + 4 < len(data) and total <= limit:
+    blocks: list[memoryview] = []
+    at = 4
+    most = limit // LZ4_BLOCK + 2  # which make more than the limit
+    while at + 4 < len(data) and len(blocks) < most:
         (size,) = struct.unpack_from("<I", data, at)
         at += 4
         if size > len(data) - at:
             raise ValueError("ends early")
-        try:
-            part = lz4.block.decompress(data[at : at + size], uncompressed_size=LZ4_BLOCK)
-        except (lz4.block.LZ4BlockError, ValueError) as error:
-            raise ValueError(f"is damaged ({error})") from None
-        if not part:
-            raise ValueError("has an empty block")
-        parts.append(part)
-        total += len(part)
+        blocks.append(data[at : at + size])
         at += size
+    parts = [b""] * len(blocks)
+    waiting = deque(range(len(blocks)))
+    failures: list[str] = []
+
+    def work() -> None:
+        while not failures and sum(map(len, parts)) <= limit:
+            try:
+                number = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                parts[number] = lz4.block.decompress(blocks[number], uncompressed_size=LZ4_BLOCK)
+                if not parts[number]:
+                    failures.append("has an empty block")
+            except (lz4.block.LZ4BlockError, ValueError) as error:
+                failures.append(f"is damaged ({error})")
+
+    helpers = [threading.Thread(target=work) for _ in range(min(MAX_THREADS, os.cpu_count() or 1, len(blocks)) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise ValueError(failures[0])
+    if len(blocks) == most and sum(map(len, parts)) <= limit:
+        raise ValueError("has blocks that are too small")
     return b"".join(parts), bytes(data[at:])
 
 

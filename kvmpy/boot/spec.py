@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 
 from ..core.record import Record, fresh
+from ..core.typed import Enum
 from ..x86.layout import Span
 
 

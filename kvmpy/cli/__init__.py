@@ -1,6 +1,7 @@
 """The command line: one module for each verb, loaded when that verb is used.
 
-A verb's module has `add_arguments(parser)` and `run(args) -> int`; the first line of its docstring is its help.
+A verb's module has `run(args) -> int`, and `OPTIONS` (see options.py) or `add_arguments(parser)` for argparse. The
+first line of its docstring is its help.
 
 Exit statuses:
     0        the guest powered off, asked for a reset, or halted; or it was stopped with Ctrl-a x
@@ -17,46 +18,65 @@ Exit statuses:
 
 from __future__ import annotations
 
-import argparse
 import errno
 import gc
 import os
 import sys
+from collections.abc import Callable, Sequence
 from functools import cache
-from importlib import import_module
 from types import ModuleType
-from typing import NoReturn
 
 from ..core import progress
-from ..core.errors import ConfigError, HostError, KvmpyError
+from ..core.errors import ConfigError, HostError, KvmpyError, exhausted
 from ..core.text import escaped
+from ..core.typed import Any
+from . import options
 
 VERBS = {
     "run": "run a command in a fresh machine",
     "shell": "open a shell in a fresh machine",
+    "exec": "run a command in a machine that has a name",
+    "ps": "list the machines that have a name",
+    "cp": "copy files to and from a machine",
+    "logs": "print what the command of a machine has written",
+    "wait": "wait for the end of a machine",
+    "stop": "end machines",
+    "rm": "forget machines that have ended",
     "boot": "boot a kernel and connect to its console",
     "config": "print the machine that options describe, as YAML",
     "doctor": "tell what this host can do, and the remedy for what it cannot",
     "inspect": "tell how a kernel image can be booted",
     "initrd": "make an initramfs",
+    "completion": "print what a shell needs to complete kvmpy's words",
 }
 
 
 OUTPUT_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are ConfigErrors: one line, status 125."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, f"see `{self.prog} --help`")
-
-
 def main(argv: list[str]) -> int:
     """Run the verb that `argv` begins with; errors become one line on standard error and their status."""
+    status = 1
+    try:
+        status = _run(argv)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        raise
+    finally:
+        locked = sys.modules.get("kvmpy.cli.locked")
+        if locked is not None and not isinstance(sys.exc_info()[1], Exception):  # those have sys.excepthook
+            locked.leave(status)
+    return status
+
+
+def _run(argv: list[str]) -> int:
     _open_missing_standard_streams()
     try:
         try:
+            if "_ARGCOMPLETE" in os.environ:
+                from .completion import complete
+
+                complete(VERBS, load)
             return _dispatch(argv)
         finally:
             sys.stdout.flush()  # here, where an error can still be told; argparse leaves its help unflushed
@@ -68,8 +88,11 @@ def main(argv: list[str]) -> int:
         return 128 + 13
     except KeyboardInterrupt:
         return 128 + 2
-    except OSError as error:
-        if error.errno not in OUTPUT_FAILURES:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (lacking := exhausted(error)) is not None:
+            _complain(f"kvmpy: {lacking}")
+            return lacking.status
+        if not isinstance(error, OSError) or error.errno not in OUTPUT_FAILURES:
             raise
         _abandon(1)
         _complain(f"kvmpy: cannot write to standard output: {error.strerror}; make room, or send it elsewhere")
@@ -88,49 +111,32 @@ def _dispatch(argv: list[str]) -> int:
     verb = argv[0]
     if verb not in VERBS:
         raise ConfigError(f'no command "{verb}"', f"use one of {', '.join(VERBS)}")
-    module = _load(verb)
-    parser = Parser(
-        prog=f"kvmpy {verb}",
-        description=(module.__doc__ or "").strip(),
-        formatter_class=_formatter,
-        allow_abbrev=False,  # or a script that abbreviates breaks when an option is added
-    )
-    module.add_arguments(parser)
+    module = load(verb)
+    args: Any = options.read(argv[1:], module.OPTIONS) if hasattr(module, "OPTIONS") else None
+    if args is None:
+        from . import parser
+
+        args = parser.make(verb, module).parse_args(argv[1:])
     progress.show()
-    status: int = module.run(parser.parse_args(argv[1:]))
+    status: int = module.run(args)
     return status
 
 
-def _load(verb: str) -> ModuleType:
-    """The verb's module. What modules leave is no garbage: looking for some among it takes a tenth of a start."""
+def load(name: str) -> ModuleType:
+    """A module of this package. Modules leave no garbage: looking for some among them takes a tenth of a start."""
+    name = f"{__name__}.{name}"
     gc.disable()
     try:
-        return import_module(f".{verb}", __name__)
+        __import__(name)  # importlib.import_module takes half a millisecond to load
+        return sys.modules[name]
     finally:
         gc.freeze()
         gc.enable()
 
 
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    """argparse makes one for each option, and would ask each time how wide the terminal is."""
-    return argparse.RawDescriptionHelpFormatter(prog, width=_columns() - 2)
-
-
-@cache
-def _columns() -> int:
-    """As shutil.get_terminal_size, which takes milliseconds to load."""
-    said = os.environ.get("COLUMNS", "")
-    if said.isdecimal() and int(said):
-        return int(said)
-    try:
-        return os.get_terminal_size(1).columns or 80
-    except OSError:
-        return 80
-
-
 def _usage() -> str:
     lines = ["usage: kvmpy COMMAND [OPTIONS]", "", "A virtual machine monitor for x86-64 Linux.", "", "commands:"]
-    lines += [f"  {verb:<9} {text}" for verb, text in VERBS.items()]
+    lines += [f"  {verb:<11} {text}" for verb, text in VERBS.items()]
     return "\n".join([*lines, "", "`kvmpy COMMAND --help` tells more. Exit statuses are in the README."])
 
 
@@ -152,6 +158,18 @@ def tell(text: str, *, hurry: bool = False) -> None:
         print(text, file=sys.stderr)
     except OSError:
         _abandon(2)
+
+
+def each(names: Sequence[str], act: Callable[[str], None]) -> int:
+    """Do it to all of them, whatever fails; the status of the last failure."""
+    status = 0
+    for name in names:
+        try:
+            act(name)
+        except KvmpyError as error:
+            _complain(f"kvmpy: {error}")
+            status = error.status
+    return status
 
 
 def _has_room(fd: int) -> bool:

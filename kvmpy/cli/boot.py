@@ -6,59 +6,33 @@ On a terminal, Ctrl-a x quits and Ctrl-a h shows the other keys.
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
-import signal
 import sys
-import time
-from contextlib import suppress
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from types import ModuleType, SimpleNamespace
 
-from ..config import MachineConfig
-from ..console import Console, Endpoint
-from ..core.board import Reason, Stop
 from ..core.errors import ConfigError
-from ..core.events import EventLoop
 from ..core.log import LEVELS, log
-from ..host import endpoint
-from ..host.tty import Key
-from ..machine import Machine
-from . import settings, tell
+from ..core.typed import TYPE_CHECKING
+from ..core.units import parse_seconds
+from ..foundation import Foundation
+from . import load, settings
+from .options import Option, switch
 
 if TYPE_CHECKING:
     from .locked import Lock
 
-OFF = "off"  # of --sandbox
-STATUS = {
-    Reason.POWEROFF: 0,
-    Reason.RESET: 0,
-    Reason.HALT: 0,
-    Reason.QUIT: 0,
-    Reason.TIMEOUT: 124,
-    Reason.PANIC: 253,
-    Reason.TRIPLE_FAULT: 254,
-    Reason.CRASH: 255,
-    Reason.ERROR: 255,
-}
-LOST = 255
-END_OF_FILE = b"\x04"  # Ctrl-d
-REPORTED = {Reason.TIMEOUT, Reason.PANIC, Reason.TRIPLE_FAULT, Reason.CRASH, Reason.ERROR}
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+OFF, DEFAULT = "off", "default"  # of --sandbox
+TURN = 0.0002  # seconds
+OPTIONS = (
+    *settings.OPTIONS,
+    switch("--json", help="print the outcome, console text included, as JSON"),
+    switch("-v", "--verbose", help="tell what is done and why; twice: every unmapped access", count=True),
+    Option(("--sandbox",), "how kvmpy locks itself in: strict, default (default) or off", "LEVEL", default=DEFAULT),
+    switch("-q", "--quiet", help="no crash report"),
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    settings.add_arguments(parser)
-    add = parser.add_argument
-    add("--json", action="store_true", help="print the outcome, console text included, as JSON")
-    add("-v", "--verbose", action="count", default=0, help="tell what is done and why; twice: every unmapped access")
-    add("--sandbox", metavar="LEVEL", default=OFF, help="how kvmpy locks itself in: strict, default or off (default)")
-    add("-q", "--quiet", action="store_true", help="no crash report")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: SimpleNamespace) -> int:
     if args.verbose:
         log.threshold = LEVELS["debug" if args.verbose > 1 else "info"]
     told = settings.of(args)
@@ -67,53 +41,27 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--json and --serial stdio both want standard output", "leave one of them out")
     timeout = parse_seconds(told.get("timeout"))
     config = settings.machine_config(told, terminal_words())
-    kind, path = endpoint.parse(serial)
-    lock = make_lock(args.sandbox, json=args.json)
+    kind, path = settings.parse_serial(serial)
+    foundation = Foundation(config)
+    lock = None
     try:
-        status = boot(args, config, kind, path, timeout, lock)
+        lock = make_lock(args.sandbox, json=args.json)  # meanwhile
+        status: int = load_session().run(args, config, kind, path, timeout, lock, foundation)
+        return status
     finally:
+        foundation.close()
         if lock is not None:
             lock.close()
-    return status if lock is None else lock.leave(status)
 
 
-def boot(
-    args: argparse.Namespace,
-    config: MachineConfig,
-    kind: str,
-    path: Path | None,
-    timeout: float | None,
-    lock: Lock | None,
-) -> int:
-    """Run the machine and tell how it ended; returns the exit status."""
-    machine = Machine(config, endpoint=lambda loop, console: open_endpoint(kind, path, loop, console, machine))
-    previous = {number: signal.signal(number, _stopper(machine)) for number in SIGNALS}
-    if kind == "stdio":
-        previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: tell_size(machine))
+def load_session() -> ModuleType:
+    """Load what runs machines while the foundation of one is laid, whose thread need not wait long for its turns."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
     try:
-        machine.start(None if lock is None else lambda: lock.lock_down(machine))
-        if kind == "stdio":
-            tell_size(machine)
-        stop = machine.wait(timeout)
-        report, facts = reports(args, machine, stop, lock) if stop.reason in REPORTED else ("", None)
+        return load("session")
     finally:
-        machine.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    status = exit_status(stop, asked_for_status=config.exec is not None)
-    if args.json:
-        import json  # not needed by most
-
-        print(json.dumps(_outcome(machine, stop, status) | {"report": facts}))
-    if not report and (args.verbose or (sys.stderr.isatty() and not args.quiet and config.exec is None)):
-        report = f"kvmpy: {stop}"
-    if not report and status == LOST and not args.quiet:
-        report = f"kvmpy: {stop}; the command of --exec gave no exit status"
-    if report:
-        on_one_terminal = kind == "stdio" and sys.stderr.isatty()
-        fresh_line = "\n" if on_one_terminal and not machine.console.text.endswith(("\n", "\r")) else ""
-        tell(fresh_line + report, hurry=stop.reason is Reason.SIGNAL)
-    return status
+        sys.setswitchinterval(usual)
 
 
 def make_lock(level: str, *, json: bool) -> Lock | None:
@@ -125,113 +73,9 @@ def make_lock(level: str, *, json: bool) -> Lock | None:
     return Lock(check_level(level), with_json=json)
 
 
-def reports(
-    args: argparse.Namespace, machine: Machine, stop: Stop, lock: Lock | None
-) -> tuple[str, dict[str, Any] | None]:
-    """The crash report for people, and for --json, as far as they are wanted."""
-    if lock is None:
-        from ..report import crash_facts, crash_report
-
-        report = "" if args.quiet else crash_report(machine, stop)
-        return report, crash_facts(machine, stop) if args.json else None
-    if args.quiet and not args.json:
-        return "", None
-    report, told = lock.report(machine, stop)
-    facts = None
-    if args.json:
-        import json
-
-        facts = json.loads(told or "null")
-    return "" if args.quiet else report or f"kvmpy: {stop}", facts
-
-
-def exit_status(stop: Stop, *, asked_for_status: bool) -> int:
-    """The exit status of the command line for the way a machine stopped."""
-    if stop.reason is Reason.EXIT:
-        return stop.status
-    if stop.reason is Reason.SIGNAL:
-        return 128 + stop.status
-    if asked_for_status and STATUS[stop.reason] == 0:
-        return LOST
-    return STATUS[stop.reason]
-
-
 def terminal_words() -> list[str]:
     """What the built-in init passes on to its shell about the user's terminal."""
     if not os.isatty(0) or not os.isatty(1):
         return []
     size = os.get_terminal_size(1)
     return [f"TERM={os.environ.get('TERM', 'linux')}", f"LINES={size.lines}", f"COLUMNS={size.columns}"]
-
-
-def tell_size(machine: Machine) -> None:
-    """How large the user's terminal is now, for a console that has a size."""
-    with suppress(OSError):  # no terminal
-        size = os.get_terminal_size(1)
-        machine.resize_console(size.columns, size.lines)
-
-
-def parse_seconds(text: str | None) -> float | None:
-    """A time limit in seconds; raises ConfigError."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text, re.ASCII) or float(text) == 0:
-        raise ConfigError(f'invalid time limit "{text}"', "use seconds, e.g. 10 or 0.5")
-    return float(text)
-
-
-def open_endpoint(kind: str, path: Path | None, loop: EventLoop, console: Console, machine: Machine) -> Endpoint | None:
-    """The host's end of the console, as --serial names it."""
-    config = machine.config
-
-    def command(key: Key) -> None:
-        if key is Key.QUIT:
-            machine.stop(Stop(Reason.QUIT))
-        elif key is Key.BREAK:
-            console.received_break()
-
-    if kind == "stdio":
-        return endpoint.Stdio(
-            loop,
-            console.received if config.exec is None else None,  # a command in the guest has no input
-            console.sent,
-            command,
-            at_end=END_OF_FILE
-            if config.initrd is None
-            else b"",  # ends the built-in shell; others may mean it otherwise
-        )
-    if kind == "pty":
-        pty = endpoint.Pty(loop, console.received, console.sent)
-        tell(f"kvmpy: the console is at {pty.path}")
-        return pty
-    if path is not None:
-        if kind == "file":
-            return endpoint.File(loop, path, console.sent)
-        from ..host.unix_socket import UnixSocket  # not needed by most
-
-        return UnixSocket(loop, path, console.received, console.sent)
-    return None
-
-
-def _stopper(machine: Machine) -> Any:
-    """A signal handler: before the guest runs it ends the process, afterwards it asks the machine to stop."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if not machine.started_at:
-            raise SystemExit(128 + number)
-        machine.stop(Stop(Reason.SIGNAL, signal.Signals(number).name, status=number))
-
-    return handler
-
-
-def _outcome(machine: Machine, stop: Stop, status: int) -> dict[str, Any]:
-    return {
-        "reason": stop.reason.name.lower(),
-        "detail": stop.detail,
-        "status": status,
-        "seconds": round(time.monotonic() - machine.started_at, 3),
-        "protocol": machine.entry.protocol,
-        "cmdline": machine.cmdline,
-        "init_ms": machine.boot_timer.ELAPSED / 1e6 if machine.boot_timer.ELAPSED >= 0 else None,
-        "console": machine.console.text,
-    }

@@ -5,15 +5,13 @@ The options are those of `kvmpy boot`. Nothing is started, and no file of the ma
 
 from __future__ import annotations
 
-import argparse
+from types import SimpleNamespace
 
 from . import settings
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    settings.add_arguments(parser)
+OPTIONS = settings.OPTIONS
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: SimpleNamespace) -> int:
     print(settings.dump(settings.of(args)), end="")
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..boot import image, kernels, loader
 from ..core.text import printable
+from ..kvm.handle import explain_bus_errors
 
 WIDTH = 100
 # What it means for a guest of kvmpy when the kernel was built without an option.
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    explain_bus_errors()
     kernel = loader.read_image(kernels.find_kernel() if args.kernel is None else args.kernel)
     description = image.describe(kernel)
     print(json.dumps(description, indent=2) if args.json else "\n".join(render(description)))

@@ -45,7 +45,10 @@ def terminal_size() -> tuple[int, int]:
 
 
 class Relay:
-    """One command; `run` carries it to its end and returns the exit status for this process."""
+    """One command; `run` carries it to its end and returns the exit status for this process.
+
+    Input, where the command has any, is this process's, and so is where output goes, unless a subclass sees to that.
+    """
 
     def __init__(self, process: Process, *, tty: bool) -> None:
         self._process = process
@@ -63,14 +66,15 @@ class Relay:
             for ends in ((process.stdout, 1), (process.stderr, 2))
             if ends[0] is not None
         ]
-        others = [threading.Thread(target=job, daemon=True) for job in (self._pass_in, self._await_end)]
+        jobs = (self._pass_in, self._await_end) if process.stdin is not None else (self._await_end,)
+        others = [threading.Thread(target=job, daemon=True) for job in jobs]
         with self._signals(), self._raw_terminal():
             for thread in (*outputs, *others):
                 thread.start()
             try:
                 status = self._attend(timeout)
             except TimedOut:
-                process.kill(group=True)
+                process.kill_all()
                 with suppress(KvmpyError):
                     process.wait(COLLECT)
                 self._drain(outputs)
@@ -102,11 +106,17 @@ class Relay:
             if isinstance(news, Exception):
                 raise news
             if news in ENDING:
-                return 128 + news
-            if news == signal.SIGWINCH:
+                status = self._asked_to_end(news)
+                if status is not None:
+                    return status
+            elif news == signal.SIGWINCH:
                 self._process.resize(*terminal_size())
             else:
                 self._process.send_signal(news, group=True)
+
+    def _asked_to_end(self, number: signal.Signals) -> int | None:
+        """The status to end with now; None: the command will end."""
+        return 128 + number
 
     def _drain(self, outputs: list[threading.Thread]) -> None:
         """Let all output of a command that has ended pass; a slow reader of ours gets the time that it needs."""
@@ -147,22 +157,26 @@ class Relay:
         try:
             self._process.wait()
             self._news.put(None)
-        except GuestLost as error:
+        except Exception as error:  # GuestLost, or a mistake of ours: without news, nobody would go on
             self._news.put(error)
 
     def _pass_out(self, stream: BufferedReader, fd: int) -> None:
         try:
             while data := stream.read1(CHUNK):
                 self._waiting[fd] = float("inf")
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(fd, view) :]
+                self._put(fd, data)
                 self._waiting[fd] = time.monotonic()
         except GuestLost:
             pass  # who waits for the end of the command tells
-        except OSError as error:
+        except Exception as error:
             self._news.put(error)
         self._waiting.pop(fd, None)
+
+    def _put(self, fd: int, data: bytes) -> None:
+        """Write output of the command to where it belongs; raises OSError."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
 
     def _pass_in(self) -> None:
         process = self._process
@@ -172,9 +186,12 @@ class Relay:
                     view = memoryview(data)
                     while view:
                         view = view[process.write_input(view) :]
+            process.end_input()
         except (OSError, GuestLost):  # nobody reads it, or the terminal has gone: both are its end
-            pass
-        process.end_input()
+            with suppress(OSError, GuestLost):
+                process.end_input()
+        except Exception as error:
+            self._news.put(error)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

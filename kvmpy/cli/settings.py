@@ -19,17 +19,17 @@ says, or adds to its list.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 from ..boot import files
 from ..config import MachineConfig
 from ..core.errors import ConfigError, NotFoundError
-from ..host import endpoint
+from ..core.typed import Any
+from .options import Option
 
-MAX_FILE = 1 << 20
+MAX_FILE = 1 << 16
+SERIAL = "stdio, null, pty, file=PATH or unix=PATH"
 DISK, NET = "virtio-blk", "virtio-net"
 LISTS = ("initrd", "append", "modules", "disks", "nets", "publish", "volumes", "devices")
 KEYS = (
@@ -40,35 +40,32 @@ KEYS = (
 Told = dict[str, Any]  # by key: text, or for LISTS a list of it; nothing for what nobody has said
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that describe a machine."""
-    add = parser.add_argument
-    add("image", nargs="?", metavar="KERNEL", help="kernel image, as with --kernel")
-    add("--config", metavar="FILE", help="options from a YAML file (`kvmpy config` prints one)")
-    add("-k", "--kernel", metavar="FILE", help="bzImage, ELF vmlinux, multiboot or flat image")
-    add("-i", "--initrd", metavar="FILE", action="append", help="initial RAM disk; several are concatenated")
-    add("-m", "--mem", metavar="SIZE", help="memory, e.g. 512M or 2G; no suffix: MiB (default 512M)")
-    add("-c", "--cpus", metavar="N", help="number of virtual CPUs (default 1)")
-    add("--cmdline", metavar="WORDS", help="the kernel's command line, instead of the default one")
-    add("--append", "--params", metavar="WORDS", action="append", help="words behind the command line")
-    add("--boot", metavar="PROTOCOL", help="auto (default), pvh, linux64, decompressor, multiboot or flat")
-    add("--exec", metavar="CMD", help="shell command, or file with a script, for the built-in initramfs to run")
-    add("--modules-dir", metavar="DIR", help="the kernel's modules, for the built-in initramfs (default: beside it)")
-    add("--console", metavar="KIND", help="the kernel's console: serial (default) or virtio (hvc0)")
-    add("--transport", metavar="BUS", help="how virtio devices are connected: mmio (default) or pci")
-    several: dict[str, Any] = {"action": "append"}
-    add("-d", "--disk", dest="disks", metavar="FILE[,OPTION=...]", **several, help="a disk: virtio-blk,path=FILE,...")
-    net = "a network: user, tap=NAME, socket=PATH"
-    add("-n", "--net", dest="nets", metavar="KIND[,OPTION=...]", **several, help=net)
-    add("--publish", metavar="[IP:]HOST:GUEST[/udp]", **several, help="a port of a --net user")
-    add("--volume", dest="volumes", metavar="HOST:GUEST[:ro]", **several, help="a folder of the host in the guest")
-    own = "a device, or FILE.py:CLASS of your own"
-    add("--device", dest="devices", metavar="NAME[,OPTION=...]", **several, help=own)
-    add("--serial", metavar="WHERE", help=f"where the console ends: {endpoint.KINDS} (default stdio)")
-    add("--timeout", metavar="S", help="stop after S seconds, with status 124")
+# What describes a machine.
+OPTIONS = (
+    Option(("image",), "kernel image, as with --kernel", "KERNEL"),
+    Option(("--config",), "options from a YAML file (`kvmpy config` prints one)", "FILE"),
+    Option(("-k", "--kernel"), "bzImage, ELF vmlinux, multiboot or flat image", "FILE"),
+    Option(("-i", "--initrd"), "initial RAM disk; several are concatenated", "FILE", many=True),
+    Option(("-m", "--mem"), "memory, e.g. 512M or 2G; no suffix: MiB (default 512M)", "SIZE"),
+    Option(("-c", "--cpus"), "number of virtual CPUs (default 1)", "N"),
+    Option(("--cmdline",), "the kernel's command line, instead of the default one", "WORDS"),
+    Option(("--append", "--params"), "words behind the command line", "WORDS", many=True),
+    Option(("--boot",), "auto (default), pvh, linux64, decompressor, multiboot or flat", "PROTOCOL"),
+    Option(("--exec",), "shell command, or file with a script, for the built-in initramfs to run", "CMD"),
+    Option(("--modules-dir",), "the kernel's modules, for the built-in initramfs (default: beside it)", "DIR"),
+    Option(("--console",), "the kernel's console: serial (default) or virtio (hvc0)", "KIND"),
+    Option(("--transport",), "how virtio devices are connected: mmio (default) or pci", "BUS"),
+    Option(("-d", "--disk"), "a disk: virtio-blk,path=FILE,...", "FILE[,OPTION=...]", "disks", many=True),
+    Option(("-n", "--net"), "a network: user, tap=NAME, socket=PATH", "KIND[,OPTION=...]", "nets", many=True),
+    Option(("--publish",), "a port of a --net user", "[IP:]HOST:GUEST[/udp]", many=True),
+    Option(("--volume",), "a folder of the host in the guest", "HOST:GUEST[:ro]", "volumes", many=True),
+    Option(("--device",), "a device, or FILE.py:CLASS of your own", "NAME[,OPTION=...]", "devices", many=True),
+    Option(("--serial",), f"where the console ends: {SERIAL} (default stdio)", "WHERE"),
+    Option(("--timeout",), "stop after S seconds, with status 124", "S"),
+)
 
 
-def of(args: argparse.Namespace) -> Told:
+def of(args: SimpleNamespace) -> Told:
     """What options and file say together; raises ConfigError and NotFoundError."""
     if args.image and args.kernel:
         raise ConfigError("two kernels are given", "name one, with or without --kernel")
@@ -78,7 +75,7 @@ def of(args: argparse.Namespace) -> Told:
     for key, short in (("disks", short_disk), ("nets", short_net)):
         if key in given:
             given[key] = [short(text) for text in given[key]]
-    told: Told = {} if args.config is None else read(Path(args.config))
+    told: Told = {} if args.config is None else read(args.config)
     for key, value in given.items():
         adds = key in LISTS and key != "initrd"
         told[key] = [*told.get(key, ()), *value] if adds else value
@@ -140,10 +137,20 @@ def command(text: str | None) -> str | None:
     return read_command(text)
 
 
+def parse_serial(text: str) -> tuple[str, str | None]:
+    """The kind and path in a value of --serial; raises ConfigError."""
+    kind, equals, path = text.partition("=")
+    if kind in ("stdio", "null", "pty") and not equals:
+        return kind, None
+    if kind in ("file", "unix") and path:
+        return kind, path
+    raise ConfigError(f'invalid console "{text}"', f"use {SERIAL}")
+
+
 # The file.
 
 
-def read(path: Path) -> Told:
+def read(path: str) -> Told:
     """What the file at `path` says; raises ConfigError, NotFoundError or HostError."""
     import yaml  # 20 ms, for those who use it
 
@@ -151,10 +158,15 @@ def read(path: Path) -> Told:
         """All values as text: 22:22 is a port of ours for one of the guest's, and no number in base 60."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise ConfigError(f"{path}, line {node.start_mark.line + 1}: {twice!r} is there twice", "keep one")
+            names: set[str] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue  # refused below
+                if key.value in names:
+                    raise ConfigError(
+                        f"{path}, line {node.start_mark.line + 1}: {key.value!r} is there twice", "keep one"
+                    )
+                names.add(key.value)
             return super().construct_mapping(node, deep)
 
     text = bytes(files.read(path, "configuration", MAX_FILE, "describe a machine"))
@@ -232,12 +244,12 @@ def dump(told: Told) -> str:
     kernel = config.kernel
     if kernel is None:
         try:
-            kernel = kernels.find_kernel()
+            kernel = str(kernels.find_kernel())
         except NotFoundError:
             kernel = None
     found: dict[str, Any] = {
-        "kernel": kernel and str(kernel),
-        "initrd": None if config.initrd is None else [str(path) for path in config.initrd],
+        "kernel": kernel,
+        "initrd": None if config.initrd is None else list(config.initrd),
         "mem": _size(config.mem),
         "cpus": config.cpus,
         "cmdline": config.cmdline,
@@ -245,7 +257,7 @@ def dump(told: Told) -> str:
         "boot": config.boot,
         "exec": config.exec,
         "modules": list(config.modules),
-        "modules_dir": config.modules_dir and str(config.modules_dir),
+        "modules_dir": config.modules_dir,
         "console": config.console,
         "transport": config.transport,
         "volumes": [str(volume) for volume in config.volumes],

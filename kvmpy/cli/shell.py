@@ -19,4 +19,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     shell = os.environ.get("SHELL") if args.root == HOST else None
-    return execute(args, [shell or "/bin/sh"], tty=is_interactive())
+    return execute(args, [shell or "/bin/sh"], tty=is_interactive(), whole=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
-from typing import Any, Protocol
 
 from .bus import BusDevice
 from .cell import Cell
@@ -13,6 +11,7 @@ from .irq import IrqLine, Message
 from .memory import GuestMemory
 from .record import Record
 from .sink import Sink
+from .typed import Any, Enum, Protocol
 
 
 class Reason(Enum):

@@ -7,9 +7,12 @@ from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
 
-MAX_RESOLVED = 1 << 16  # a guest may touch every byte of every device; the memo of resolved addresses stays this small
+from .typed import Any, NamedTuple, Protocol
+
+# A guest may touch every byte of every device: the memo of resolved addresses stays this small. Each takes 750 bytes;
+# all registers of 300 devices have room.
+MAX_RESOLVED = 1 << 14
 
 
 class BusDevice(Protocol):

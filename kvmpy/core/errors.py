@@ -5,8 +5,10 @@ An error is one line: what is wrong with which thing, then, after a semicolon, w
 
 from __future__ import annotations
 
+import errno
 import os
-from typing import TYPE_CHECKING, ClassVar
+
+from .typed import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from .board import Stop
@@ -15,12 +17,14 @@ if TYPE_CHECKING:
 class KvmpyError(Exception):
     """Base of all errors that users can act on; `status` is the exit status of the command line.
 
-    `stage` is what was being done, where there are steps, and `errno` the system's reason, where it gave one.
+    `stage` is what was being done, where there are steps, `errno` the system's reason, where it gave one, and `log` the
+    file with what the guest's console has said, where there is one.
     """
 
     status: ClassVar[int] = 125
     stage: str = ""
     errno: int | None = None
+    log: str = ""
 
     def __init__(self, what: str, remedy: str = "") -> None:
         super().__init__(what)
@@ -52,6 +56,29 @@ class NotFoundError(KvmpyError):
 
 class HostError(KvmpyError):
     """A resource of the host failed or is missing (file, memory, tool)."""
+
+
+LIMITS = {  # errnos of what the host has run out of, with what to do about it
+    errno.EMFILE: ("file descriptors", "raise the limit (ulimit -n)"),
+    errno.ENFILE: ("file descriptors", "raise the host's limit (sysctl fs.file-max)"),
+    errno.ENOMEM: ("memory", "end other programs, or raise the limit (ulimit -v)"),
+}
+NO_THREAD = "can't start new thread"  # what Python says in a RuntimeError
+
+
+def exhausted(error: BaseException) -> HostError | None:
+    """What `error` is, where it tells that a resource of the host has run out, wherever that was; else None."""
+    if isinstance(error, KvmpyError):
+        return None
+    if isinstance(error, OSError) and error.errno in LIMITS:
+        what, remedy = LIMITS[error.errno]
+    elif isinstance(error, MemoryError):
+        what, remedy = LIMITS[errno.ENOMEM]
+    elif isinstance(error, RuntimeError) and NO_THREAD in str(error):
+        what, remedy = "threads", "raise the limit (ulimit -u, pids.max of the cgroup), or that of memory (ulimit -v)"
+    else:
+        return None
+    return HostError(f"this host has no more {what}", remedy)
 
 
 class KvmError(KvmpyError):
@@ -103,6 +130,16 @@ class TimedOut(KvmpyError, TimeoutError):
     """A time limit has passed; `stdout` and `stderr` are what a command had written until then."""
 
     status = 124
+
+    def __init__(self, what: str, remedy: str = "", stdout: bytes = b"", stderr: bytes = b"") -> None:
+        super().__init__(what, remedy)
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+class TooLarge(KvmpyError):
+    """What a guest has for the host is more than the caller has room for; `stdout` and `stderr` are the beginnings of
+    a command's output."""
 
     def __init__(self, what: str, remedy: str = "", stdout: bytes = b"", stderr: bytes = b"") -> None:
         super().__init__(what, remedy)

@@ -11,7 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+
+from .typed import Any
 
 Callback = Callable[[], None]
 
@@ -79,8 +80,9 @@ class EventLoop:
 
     def start(self, prepare: Callback | None = None) -> None:
         """Begin; the thread calls `prepare` first."""
-        self._thread = threading.Thread(target=self._run, args=(prepare,), name=f"kvmpy-{self.name}", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(prepare,), name=f"kvmpy-{self.name}", daemon=True)
+        thread.start()
+        self._thread = thread  # which `stop` may join
 
     def stop(self, timeout: float = 1.0) -> None:
         """End the thread and close; a callback that is running gets `timeout` seconds to return."""

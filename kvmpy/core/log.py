@@ -9,7 +9,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from contextlib import suppress
+
+from .typed import Any
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 BURST, PERIOD = 10, 5.0
@@ -52,9 +54,10 @@ class Log:
         if event in self._windows or len(self._windows) < MAX_EVENTS:
             self._windows[event] = (start, count + 1)
         if count < BURST:
-            if self._logger is None:
-                self._logger = _make_logger()
-            getattr(self._logger, level)(event, **fields)
+            with suppress(OSError, ValueError):  # it is full, or has gone: that must not stop a guest
+                if self._logger is None:
+                    self._logger = _make_logger()
+                getattr(self._logger, level)(event, **fields)
 
 
 class _Plain:
@@ -62,7 +65,8 @@ class _Plain:
 
     def __getattr__(self, level: str) -> Callable[..., None]:
         def write(event: str, **fields: object) -> None:
-            print(_line(None, level, {"level": level, "event": event} | fields), file=sys.stderr, flush=True)
+            if sys.stderr is not None:
+                print(_line(None, level, {"level": level, "event": event} | fields), file=sys.stderr, flush=True)
 
         return write
 
@@ -71,7 +75,7 @@ def _make_logger() -> Any:
     import structlog
 
     return structlog.wrap_logger(
-        structlog.PrintLogger(sys.stderr),
+        structlog.PrintLogger(sys.stderr) if sys.stderr is not None else structlog.ReturnLogger(),
         processors=[structlog.processors.add_log_level, _line],
     )
 

@@ -49,8 +49,9 @@ class GuestMemory:
             raise ValueError(f"RAM is given in whole pages, not {ranges}")
         maps: list[mmap.mmap] = []
         regions: list[Region] = []
-        fd = os.memfd_create("kvmpy-ram", os.MFD_CLOEXEC)
+        fd = -1
         try:
+            fd = os.memfd_create("kvmpy-ram", os.MFD_CLOEXEC)
             os.ftruncate(fd, total)
             offset = 0
             for gpa, size in ranges:
@@ -62,7 +63,8 @@ class GuestMemory:
                 offset += size
             memory = cls(regions, fd)
         except (OSError, OverflowError) as error:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
             raise HostError(f"cannot map {total >> 20} MiB of guest RAM: {error}", "give less with --mem") from None
         except ValueError:
             os.close(fd)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -13,9 +12,32 @@ from contextlib import contextmanager, suppress
 PATIENCE = 0.5  # seconds of work that nobody has to be told of
 PERIOD = 1.0
 CLEAR = "\r\x1b[K"
+BAR = 24  # characters
+MIB = 1 << 20
 
 _at_work = threading.Lock()  # held while something is told: what is done within says nothing of its own
 _shown = False
+_telling: tuple[threading.Event, threading.Thread] | None = None
+
+
+class Work:
+    """What is being done, and how many bytes of it: `total` is 0 where that is not known."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.done = self.total = 0
+
+    def add(self, size: int) -> None:
+        """Some more bytes are done."""
+        self.done += size
+
+    def __str__(self) -> str:
+        if not self.done:
+            return self.title
+        if not self.total:
+            return f"{self.title}, {self.done // MIB} MiB"
+        filled = min(BAR, BAR * self.done // self.total)
+        return f"{self.title} [{'#' * filled:<{BAR}}] {self.done // MIB} of {self.total // MIB} MiB"
 
 
 def show() -> None:
@@ -26,29 +48,43 @@ def show() -> None:
 
 
 @contextmanager
-def working(title: str) -> Iterator[None]:
-    """While the block runs, tell `title` and for how many seconds. The thread that does so is there since the work may
-    be one long call."""
+def working(title: str) -> Iterator[Work]:
+    """While the block runs, tell `title`, what the work says of itself, and for how many seconds. The thread that does
+    so is there since the work may be one long call."""
+    global _telling
+    work = Work(title)
     if not _shown or not _at_work.acquire(blocking=False):
-        yield
+        yield work
         return
     done = threading.Event()
-    thread = threading.Thread(target=_tell, args=(title, done), name="kvmpy-progress", daemon=True)
+    thread = threading.Thread(target=_tell, args=(work, done), name="kvmpy-progress", daemon=True)
     thread.start()
+    _telling = done, thread
     try:
-        yield
+        yield work
     finally:
-        done.set()
-        thread.join()
+        hush()
         _at_work.release()
 
 
-def _tell(title: str, done: threading.Event) -> None:
+def hush() -> None:
+    """No more is told of the work at hand: there is no thread of ours any more. For a process that locks itself in."""
+    global _telling
+    if _telling is not None:
+        done, thread = _telling
+        _telling = None
+        done.set()
+        thread.join()
+
+
+def _tell(work: Work, done: threading.Event) -> None:
+    import signal
+
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     begin = time.monotonic()
     wait = PATIENCE
     while not done.wait(wait):
-        line = f"kvmpy: {title} ({time.monotonic() - begin:.0f} s)"
+        line = f"kvmpy: {work} ({time.monotonic() - begin:.0f} s)"
         _write(CLEAR + line[: _columns() - 1])
         wait = PERIOD
     if wait == PERIOD:

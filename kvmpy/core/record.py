@@ -10,7 +10,8 @@ A dataclass compiles its methods when it is defined: half a millisecond each, th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+from .typed import Any, ClassVar, TypeVar, dataclass_transform
 
 R = TypeVar("R", bound="Record")
 

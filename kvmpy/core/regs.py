@@ -18,7 +18,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Self, overload
+
+from .typed import Any, ClassVar, Self, overload
 
 
 def bit(n: int) -> int:

@@ -16,24 +16,23 @@ All fields are little-endian and packed, as every structure that this project sh
 from __future__ import annotations
 
 import struct
-from typing import Annotated, Any, ClassVar, Self, overload
 
 from .record import Record
+from .typed import Any, ClassVar, Self, overload
 
 Buffer = bytes | bytearray | memoryview
 
-u8 = Annotated[int, "B"]
-u16 = Annotated[int, "H"]
-u32 = Annotated[int, "I"]
-u64 = Annotated[int, "Q"]
-b4 = Annotated[bytes, "4s"]
-b6 = Annotated[bytes, "6s"]
-b8 = Annotated[bytes, "8s"]
-b16 = Annotated[bytes, "16s"]
+u8 = int
+u16 = int
+u32 = int
+u64 = int
+b4 = bytes
+b6 = bytes
+b8 = bytes
+b16 = bytes
 
-
-# Annotations are text at run time.
-CODES = {name: kind.__metadata__[0] for name, kind in list(globals().items()) if hasattr(kind, "__metadata__")}
+# By the names of the types above: annotations are text at run time.
+CODES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "b4": "4s", "b6": "6s", "b8": "8s", "b16": "16s"}
 
 
 class Wire(Record):

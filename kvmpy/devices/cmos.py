@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from ..core.board import Board
 from ..core.regs import Bits, Field, Reg, RegisterDevice, bit
+from ..core.typed import Any
 
 SIZE = 128
 SECOND = 10**9  # ns

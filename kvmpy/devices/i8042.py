@@ -10,11 +10,10 @@ A hostile guest can fill nothing: the output buffer is one byte, and a newer ans
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..core.board import Board, Reason, Stop
 from ..core.irq import IrqLine
 from ..core.regs import Bits, Reg, RegisterDevice, bit
+from ..core.typed import Any
 
 
 class STATUS(Bits):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from ..core.board import Board
 from ..core.cell import READ_VALUE, WRITE_SEEN, Cell
 from ..core.regs import Reg, RegisterDevice
+from ..core.typed import Any
 
 KERNEL_START, USER_START = 0x40, 0x41
 

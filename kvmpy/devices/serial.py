@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeGuard
 
 from ..core.board import Board
 from ..core.cell import READ_VALUE, WRITE_STREAM, Cell
 from ..core.irq import IrqLine
 from ..core.regs import Bits, Field, Reg, RegisterDevice, bit
 from ..core.sink import Sink
+from ..core.typed import Any, TypeGuard
 
 FIFO_SIZE = 16
 BREAK = 1 << 8  # in the receive FIFO, the error bit that goes with a byte

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from subprocess import PIPE
 
 from ..core.errors import GuestLost
+from . import ports
+from .completed import Completed, run
 from .files import Files
 from .link import Connect, deadline_after
-from .process import Completed, Process, run
+from .process import Process
+from .protocol import LIMIT
 
 Word = str | bytes
 
@@ -92,12 +96,18 @@ class Agent:
         umask: int = 0o022,
         rlimits: Mapping[int, tuple[int, int]] | None = None,
         check: bool = False,
+        limit: int = LIMIT,
     ) -> Completed:
         """Run a command to its end, with its output kept; options as in `popen`.
 
-        `timeout` seconds later its process group is killed: TimedOut, with what it has written. Raises CommandError;
-        with `check` also CommandFailed.
+        `timeout` seconds later it is killed with all that it has started: TimedOut, with what it has written; as soon
+        as stdout or stderr has more than `limit` bytes (64 MiB), too: TooLarge. Raises CommandError; with `check` also
+        CommandFailed.
         """
         how = {"stderr": stderr, "env": env, "cwd": cwd, "user": user, "umask": umask, "rlimits": rlimits}
-        completed = run(self._connect, args, input, timeout, **how)
+        completed = run(self._connect, args, input, timeout, limit, **how)
         return completed.check() if check else completed
+
+    def dial(self, port: int, timeout: float | None = None) -> socket.socket:
+        """A connection to TCP port `port` of the guest's loopback interface; AgentError (stage "port") without it."""
+        return ports.dial(self._connect, port, timeout)

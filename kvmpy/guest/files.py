@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..core.errors import ConfigError, GuestError, GuestFileError, GuestLost
+from ..core.errors import ConfigError, GuestError, GuestFileError, GuestLost, TooLarge
 from ..core.record import Record
 from . import protocol, tree
 from .link import Connect, Inbox, Link, fs_bytes, unexpected
-from .protocol import EVERYTHING, MAX_DATA, UNCHANGED, FileRequest, How, Kind
+from .protocol import ENTRY_COST, EVERYTHING, LIMIT, MAX_DATA, TREE_LIMIT, UNCHANGED, FileRequest, How, Kind
+
+if TYPE_CHECKING:
+    from .changes import Change, Keeper
 
 GuestPath = str | bytes | os.PathLike[str]  # a relative one starts at /
 Owner = tuple[int, int]  # uid, gid
@@ -51,9 +57,12 @@ class Files:
         self._connect = connect
         self.timeout = timeout
 
-    def read(self, path: GuestPath, offset: int = 0, size: int | None = None) -> bytes:
-        """The content of a file from `offset` on, at most `size` bytes."""
-        most = EVERYTHING if size is None else size
+    def read(self, path: GuestPath, offset: int = 0, size: int | None = None, limit: int = LIMIT) -> bytes:
+        """The content of a file from `offset` on, at most `size` bytes.
+
+        Raises TooLarge when nothing was said about the size and there are more than `limit` bytes (64 MiB).
+        """
+        most = limit + 1 if size is None else size
         data = bytearray()
         with _Request(self, Kind.READ, path, offset=offset, size=most) as inbox:
             while (frame := inbox.next())[0] == Kind.DATA:
@@ -61,6 +70,8 @@ class Files:
                 if len(data) > most:
                     raise GuestLost("the guest's agent sent more than was asked for")
             _check_end(frame[0])
+        if size is None and len(data) > limit:
+            raise _too_large(path, f"more than {limit} bytes")
         return bytes(data)
 
     def write(
@@ -89,11 +100,16 @@ class Files:
             inbox.send(protocol.frame(Kind.END), last=True)
             inbox.end()
 
-    def list(self, path: GuestPath) -> tuple[Info, ...]:
-        """What is in a folder, by name."""
-        found = []
+    def list(self, path: GuestPath, limit: int = LIMIT) -> tuple[Info, ...]:
+        """What is in a folder, by name; raises TooLarge when that takes more than `limit` bytes (64 MiB: some 100,000
+        names)."""
+        found: list[Info] = []
+        cost = 0
         with _Request(self, Kind.LIST, path) as inbox:
             while (frame := inbox.next())[0] == Kind.ENTRY:
+                cost += ENTRY_COST + len(frame[2])
+                if cost > limit:
+                    raise _too_large(path, f"more than {len(found)} entries")
                 found.append(_info(frame[2]))
             _check_end(frame[0])
         return tuple(sorted(found, key=lambda info: info.name))
@@ -145,12 +161,13 @@ class Files:
                 inbox.send(frame, last=frame[4] == Kind.END)
             inbox.end()
 
-    def get(self, guest: GuestPath, host: str | Path) -> None:
+    def get(self, guest: GuestPath, host: str | Path, limit: int = TREE_LIMIT) -> None:
         """Copy a file or folder of the guest to `host`, with times and links, and modes as far as they do no harm.
 
-        Raises also GuestError, for links that lead out and for devices, and HostError.
+        Raises also GuestError, for links that lead out and for devices, HostError, and TooLarge when more than `limit`
+        bytes (16 GiB) would be written, with 4 KiB for each file; then what was there before that stays.
         """
-        unpacker = tree.Unpacker(Path(host))
+        unpacker = tree.Unpacker(Path(host), limit)
         try:
             with _Request(self, Kind.PACK, guest) as inbox:
                 while (frame := inbox.next())[0] != Kind.END:
@@ -162,6 +179,42 @@ class Files:
                         raise unexpected(frame[0])
         finally:
             unpacker.close()
+
+    def changes(
+        self,
+        ours: Collection[str] = (),
+        mounts: Collection[str] = (),
+        keep: Keeper | None = None,
+    ) -> tuple[Change, ...]:
+        """What differs in the root from what it was when the guest started; with `keep`, it gets all that.
+
+        `ours` and `mounts` are those of guest/changes.py. Raises also ConfigError where the root is no overlay.
+        """
+        from . import changes
+
+        found = []
+        filtered = changes.Changes(ours, mounts)
+        how = _how(CONTENT=keep is not None)
+        try:
+            with _Request(self, Kind.CHANGES, changes.UPPER, changes.LOWER, how=how) as inbox:
+                while (frame := inbox.next())[0] != Kind.END:
+                    if frame[0] == Kind.ENTRY:
+                        entry, name, target = protocol.parse_entry(frame[2])
+                        if keep is not None:
+                            keep.skip()
+                        for code, path, attributes in filtered.take(entry, name):
+                            found.append(changes.told(code, path))
+                            if keep is not None:
+                                keep.change(code, path, attributes, target if path == name else b"")
+                    elif frame[0] == Kind.DATA and keep is not None:
+                        keep.data(frame[2])
+                    else:
+                        raise unexpected(frame[0])
+        except GuestFileError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            raise ConfigError("this root has no record of what was changed", 'use another than "none"') from None
+        return tuple(sorted(found, key=lambda change: change.path))
 
     def _do(
         self,
@@ -192,7 +245,8 @@ class _Request:
         uid, gid = owner or (UNCHANGED, UNCHANGED)
         head = FileRequest(how, UNCHANGED if mode is None else mode & 0o7777, uid, gid, offset, size)
         words = [fs_bytes(path) for path in paths]
-        self._link = Link(files._connect, protocol.frame(kind, bytes(head) + protocol.strings(*words)))
+        request = protocol.frame(kind, bytes(head) + protocol.strings(*words))
+        self._link = Link(files._connect, request, files.timeout)
         self._inbox = Inbox(self._link, f"{kind.name.lower()} {os.fsdecode(words[0])}", files.timeout)
 
     def __enter__(self) -> Inbox:
@@ -219,6 +273,10 @@ def _info(payload: bytes) -> Info:
     return Info(
         os.fsdecode(name), entry.mode, entry.uid, entry.gid, entry.links, entry.size, mtime / 10**9, os.fsdecode(target)
     )
+
+
+def _too_large(path: GuestPath, what: str) -> TooLarge:
+    return TooLarge(f'"{os.fsdecode(path)}" in the guest has {what}', "give a larger limit, or ask for parts")
 
 
 def _check_end(kind: Kind) -> None:

@@ -16,7 +16,8 @@ from ..core.errors import AgentError, CommandError, GuestError, GuestFileError, 
 from . import protocol
 from .protocol import Frame, Hello, Kind, Parser, Stage
 
-# A new connection to the agent's port. It may have a method `lost(what, remedy="")` that makes the GuestLost.
+# A new connection to the agent's port. It may have a method `lost(what, remedy="")` that makes the GuestLost, and one
+# `within(seconds)` that connects, or raises TimeoutError then.
 Connect = Callable[[], socket.socket]
 
 CHUNK = 256 << 10  # bytes of one read
@@ -31,13 +32,11 @@ def deadline_after(timeout: float | None) -> float | None:
 class Link:
     """Sends may come from any thread; one thread at a time may receive."""
 
-    def __init__(self, connect: Connect, request: bytes) -> None:
-        """Connect and send HELLO and `request`, a frame; raises GuestLost, or what `connect.lost` makes of that."""
+    def __init__(self, connect: Connect, request: bytes, timeout: float | None = None) -> None:
+        """Connect and send HELLO and `request`, a frame; raises TimedOut when the guest has not answered in `timeout`
+        seconds, and GuestLost, or what `connect.lost` makes of that."""
         self._lost: Callable[..., GuestLost] = getattr(connect, "lost", GuestLost)
-        try:
-            self._socket = connect()
-        except OSError as error:
-            raise self._lost(f"cannot reach the guest's agent: {error}", "the guest must run, with its agent") from None
+        self._socket = open_connection(connect, timeout)
         self._socket.setblocking(False)
         self._sending = threading.Lock()
         self._unsent = bytearray()
@@ -134,6 +133,21 @@ class Link:
         return sum(event for _, event in poll.poll(left))
 
 
+def open_connection(connect: Connect, timeout: float | None) -> socket.socket:
+    """Raises TimedOut after `timeout` seconds, where `connect` can tell, and GuestLost."""
+    within = getattr(connect, "within", None)
+    try:
+        return connect() if timeout is None or within is None else within(timeout)
+    except TimeoutError as error:
+        if timeout is not None and within is not None:
+            raise TimedOut(f"the guest has not answered in {timeout:g} s") from None
+        why = str(error)
+    except OSError as error:
+        why = str(error)
+    lost: Callable[..., GuestLost] = getattr(connect, "lost", GuestLost)
+    raise lost(f"cannot reach the guest's agent: {why}", "the guest must run, with its agent")
+
+
 class Inbox:
     """The frames of a link one by one, for requests that are served in order."""
 
@@ -185,6 +199,9 @@ def failure(payload: bytes) -> AgentError | GuestLost:
     why = os.strerror(number)
     if stage == Stage.FILE:
         return GuestFileError(name, number, f"in the guest: {text}: {why}")
+    if stage == Stage.PORT:
+        remedy = "a program there must listen at it" if number == errno.ECONNREFUSED else ""
+        return AgentError(name, number, f"port {text} of the guest: {why}", remedy)
     if stage in COMMAND_STAGES:
         return _command_error(Stage(stage), name, number, text, why)
     remedy = "the guest needs more memory, or has too much running" if stage == Stage.SYSTEM else ""

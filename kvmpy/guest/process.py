@@ -12,32 +12,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from subprocess import DEVNULL, PIPE, STDOUT
-from typing import Any, Self
+from typing import Self
 
-from ..core.errors import CommandError, CommandFailed, ConfigError, GuestError, GuestLost, TimedOut
-from ..core.record import Record
+from ..core.errors import CommandError, GuestError, GuestLost, TimedOut, TooLarge
 from . import protocol
-from .link import Connect, Link, deadline_after, failure, fs_bytes, unexpected
-from .protocol import MAX_DATA, WINDOW, Exec, Exit, Frame, Kind, Limit, Number, Run, Size
-
-COLLECT = 5.0  # seconds for the output of a command that was killed
-
-
-class Completed(Record, frozen=True):
-    """How a command ended: `returncode` is negative for a signal, `duration` in seconds of the guest."""
-
-    args: tuple[str | bytes, ...]
-    returncode: int
-    stdout: bytes
-    stderr: bytes
-    duration: float
-
-    def check(self) -> Self:
-        """Itself when the status is 0; raises CommandFailed."""
-        if self.returncode:
-            raise CommandFailed(_shown(self.args), self.returncode, self.stdout, self.stderr)
-        return self
+from .link import Connect, Link, deadline_after, failure, unexpected
+from .protocol import LIMIT, MAX_DATA, WINDOW, Exit, Frame, Kind, Number, Run, Size
+from .request import flags_of, request, shown
+from .streams import Input, Output
 
 
 class Process:
@@ -66,8 +48,8 @@ class Process:
         self.args = tuple(args)
         self.pid = 0
         self.usage: Exit | None = None  # what its end has told, besides the status
-        flags = _flags(stdin, stdout, stderr, tty is not None)
-        request = _request(self.args, flags, env or {}, cwd, user, umask, rlimits or {}, tty or (0, 0))
+        flags = flags_of(stdin, stdout, stderr, tty is not None)
+        frame = request(self.args, flags, env or {}, cwd, user, umask, rlimits or {}, tty or (0, 0))
         self._changed = threading.Condition()
         self._receiving = False
         self._broken: Exception | None = None
@@ -83,13 +65,14 @@ class Process:
         self._input_read = self._input_open
         self._collected = {stream: bytearray() for stream in self._buffers}
         self._to_send: memoryview | None = None
-        self._link = Link(connect, request)
-        self.stdin = io.BufferedWriter(_Input(self)) if self._input_open else None
+        begin = deadline_after(timeout)
+        self._link = Link(connect, frame, timeout)
+        self.stdin = io.BufferedWriter(Input(self)) if self._input_open else None
         self.stdout = self._file(protocol.STDOUT)
         self.stderr = self._file(protocol.STDERR)
         try:
-            if not self._until(lambda: bool(self.pid), deadline_after(timeout)):
-                raise TimedOut(f"{_shown(self.args)} was not started within {timeout:g} s")
+            if not self._until(lambda: bool(self.pid), begin):
+                raise TimedOut(f"{shown(self.args)} was not started within {timeout:g} s")
         except BaseException:
             self.close()
             raise
@@ -118,14 +101,15 @@ class Process:
         It may never end when it writes more to a pipe than is read (256 KiB): use `communicate` then.
         """
         if not self._until(lambda: self.usage is not None, deadline_after(timeout)):
-            raise TimedOut(f"{_shown(self.args)} has not ended within {timeout:g} s")
+            raise TimedOut(f"{shown(self.args)} has not ended within {timeout:g} s")
         assert self.returncode is not None
         return self.returncode
 
-    def communicate(self, input: bytes = b"", timeout: float | None = None) -> tuple[bytes, bytes]:
+    def communicate(self, input: bytes = b"", timeout: float | None = None, limit: int = LIMIT) -> tuple[bytes, bytes]:
         """Send `input` and its end, read all output, wait for the end; stdout and stderr.
 
-        Raises GuestLost, and TimedOut: then the command still runs, and `communicate()` may be called again to go on.
+        Raises GuestLost, TooLarge when one of them has more than `limit` bytes, and TimedOut. After the latter two the
+        command still runs, and `communicate()` may be called again to go on.
         """
         deadline = deadline_after(timeout)
         if self._to_send is None:
@@ -135,12 +119,12 @@ class Process:
             self._to_send = memoryview(bytes(input))
         while True:
             self._push_input(deadline)
-            self._collect()
+            self._collect(limit)
             if self._is_complete():
                 break
             if not self._until(self._has_work, deadline):
                 out, err = self._output()
-                raise TimedOut(f"{_shown(self.args)} has not ended within {timeout:g} s", "", out, err)
+                raise TimedOut(f"{shown(self.args)} has not ended within {timeout:g} s", "", out, err)
         self.close()
         return self._output()
 
@@ -156,15 +140,19 @@ class Process:
     def kill(self, group: bool = False) -> None:
         self.send_signal(signal.SIGKILL, group)
 
+    def kill_all(self) -> None:
+        """Kill the command, with all that it has started, wherever that is now; also when it has ended itself."""
+        self._tell(protocol.frame(Kind.SIGNAL, bytes(Number(signal.SIGKILL)), protocol.TO_ALL))
+
     def resize(self, rows: int, columns: int) -> None:
         """Give its terminal another size."""
         self._tell(protocol.frame(Kind.RESIZE, bytes(Size(rows, columns))))
 
     def close(self) -> None:
-        """Let go of the command: if it has not ended, all its process group is killed."""
+        """Let go of the command: if it has not ended, it is killed with all that it has started."""
         with self._changed:
             if self._broken is None:
-                self._broken = GuestLost(f"{_shown(self.args)} was let go of")
+                self._broken = GuestLost(f"{shown(self.args)} was let go of")
             self._changed.notify_all()
             busy = self._receiving
         if busy:
@@ -234,6 +222,8 @@ class Process:
                 self._take(frames, broken)
                 if not frames and broken is None:
                     return condition()
+                if deadline is not None and time.monotonic() >= deadline:  # however much it still has to say
+                    return condition()
         return True
 
     def _take(self, frames: list[Frame], broken: Exception | None) -> None:
@@ -272,7 +262,10 @@ class Process:
         elif kind == Kind.WINDOW and stream == protocol.STDIN:
             self._window = min(self._window + protocol.parse(Number, payload).value, WINDOW)
         elif kind == Kind.EXIT and self.usage is None:
-            self.usage = protocol.parse(Exit, payload)
+            usage = protocol.parse(Exit, payload)
+            if usage.status > 255 or usage.signal > signal.NSIG:
+                raise GuestLost(f"the guest's agent sent an end with status {usage.status}, signal {usage.signal}")
+            self.usage = usage
         else:
             raise unexpected(kind)
 
@@ -315,125 +308,22 @@ class Process:
         if not self._to_send:
             self.end_input()
 
-    def _collect(self) -> None:
+    def _collect(self, limit: int) -> None:
+        is_over = False
         for stream, buffer in self._buffers.items():
+            collected = self._collected[stream]
             with self._changed:
-                data = bytes(buffer)
-                buffer.clear()
-            self._collected[stream] += data
-            self._return_credit(stream, len(data))
+                size = min(len(buffer), limit - len(collected))
+                collected += buffer[:size]
+                del buffer[:size]
+                is_over = is_over or bool(buffer)
+            self._return_credit(stream, size)
+        if is_over:
+            what = f"{shown(self.args)} has written more than {limit} bytes"
+            raise TooLarge(what, "give it a larger limit, or read its output as it comes: popen", *self._output())
 
     def _output(self) -> tuple[bytes, bytes]:
         return tuple(bytes(self._collected.get(stream, b"")) for stream in (protocol.STDOUT, protocol.STDERR))  # type: ignore[return-value]
 
     def _file(self, stream: int) -> io.BufferedReader | None:
-        return io.BufferedReader(_Output(self, stream), MAX_DATA) if stream in self._buffers else None
-
-
-class _Output(io.RawIOBase):
-    """stdout or stderr of a command."""
-
-    def __init__(self, process: Process, stream: int) -> None:
-        self._process, self._stream = process, stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        return self._process.read_into(self._stream, memoryview(buffer).cast("B"))
-
-
-class _Input(io.RawIOBase):
-    """stdin of a command; closing it is its end."""
-
-    def __init__(self, process: Process) -> None:
-        self._process = process
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        return self._process.write_input(memoryview(data).cast("B"))
-
-    def close(self) -> None:
-        if not self.closed:
-            self._process.end_input()
-        super().close()
-
-
-def run(
-    connect: Connect, args: Sequence[str | bytes], input: bytes | None, timeout: float | None, **how: Any
-) -> Completed:
-    """Run a command to its end; raises as `Agent.run`."""
-    deadline = deadline_after(timeout)
-    stdin = DEVNULL if input is None else PIPE
-    with Process(
-        connect, args, **{"stdin": stdin, "stdout": PIPE, "stderr": PIPE, "timeout": timeout, **how}
-    ) as process:
-        return complete(process, input, timeout, deadline)
-
-
-def complete(process: Process, input: bytes | None, timeout: float | None, deadline: float | None) -> Completed:
-    """Carry a process to its end, which comes at `deadline` at the latest; raises as `Agent.run`."""
-    try:
-        left = None if deadline is None else max(0, deadline - time.monotonic())
-        stdout, stderr = process.communicate(input or b"", left)
-    except TimedOut:
-        process.kill(group=True)
-        try:
-            out, err = process.communicate(timeout=COLLECT)
-        except TimedOut as late:  # something of it has left the process group, and has the output open
-            out, err = late.stdout, late.stderr
-        raise TimedOut(
-            f"{_shown(process.args)} was killed after {timeout:g} s", "give it more time", out, err
-        ) from None
-    assert process.usage is not None and process.returncode is not None
-    return Completed(process.args, process.returncode, stdout, stderr, process.usage.elapsed / 1e9)
-
-
-def _shown(args: Sequence[str | bytes]) -> str:
-    return repr(args[0] if isinstance(args[0], str) else args[0].decode("utf-8", "replace"))
-
-
-def _flags(stdin: int | None, stdout: int | None, stderr: int | None, tty: bool) -> Run:
-    if tty:
-        return Run.TTY
-    for name, value, allowed in (
-        ("stdin", stdin, (None, PIPE, DEVNULL)),
-        ("stdout", stdout, (None, PIPE, DEVNULL)),
-        ("stderr", stderr, (None, PIPE, DEVNULL, STDOUT)),
-    ):
-        if value not in allowed:
-            raise ConfigError(f"{name} of a command in the guest cannot be {value!r}", "give PIPE, or copy it yourself")
-    flags = Run(0)
-    for value, flag in ((stdin, Run.STDIN), (stdout, Run.STDOUT), (stderr, Run.STDERR)):
-        if value == PIPE:
-            flags |= flag
-    return flags | Run.MERGE if stderr == STDOUT else flags
-
-
-def _request(
-    args: Sequence[str | bytes],
-    flags: Run,
-    env: Mapping[str, str],
-    cwd: str,
-    user: str,
-    umask: int,
-    rlimits: Mapping[int, tuple[int, int]],
-    size: tuple[int, int],
-) -> bytes:
-    """The frame; raises ConfigError when the agent could not take it."""
-    if not args:
-        raise ConfigError("a command has at least one word")
-    unbounded = protocol.EVERYTHING
-    limits = b"".join(
-        bytes(Limit(resource, 0, soft & unbounded, hard & unbounded)) for resource, (soft, hard) in rlimits.items()
-    )
-    head = Exec(flags, umask & 0o777, *size, len(args), len(env), len(rlimits))
-    words = [*map(fs_bytes, (cwd, user, *args)), *(fs_bytes(f"{name}={value}") for name, value in env.items())]
-    payload = bytes(head) + limits + protocol.strings(*words)
-    if len(payload) > protocol.MAX_EXEC:
-        raise ConfigError(f"{_shown(args)}: command and environment have {len(payload)} bytes", "the most is 2 MiB")
-    if len(rlimits) > protocol.MAX_LIMITS:
-        raise ConfigError(f"{len(rlimits)} resource limits", "the most is 16")
-    return protocol.frame(Kind.EXEC, payload)
+        return io.BufferedReader(Output(self, stream), MAX_DATA) if stream in self._buffers else None

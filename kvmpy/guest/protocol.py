@@ -18,9 +18,16 @@ WINDOW = 256 << 10  # bytes that each stream may have on its way at first
 MAX_LIMITS = 16
 UNCHANGED = 0xFFFF_FFFF  # for mode, uid, gid
 EVERYTHING = 0xFFFF_FFFF_FFFF_FFFF  # for size
+MAX_NAME = 4096  # bytes of a path in ENTRY, its NUL included, as in Linux (PATH_MAX)
+
+# What one answer may cost the host if the caller says nothing; with more, TooLarge.
+LIMIT = 64 << 20  # bytes of memory: of a file, of each output of a command, of a folder's entries
+ENTRY_COST = 512  # bytes that an entry takes at least
+TREE_LIMIT = 16 << 30  # bytes on the host's disk, for a tree out of the guest
+FILE_COST = 4096  # bytes that each of its files and folders takes at least
 
 STDIN, STDOUT, STDERR = range(3)
-TO_COMMAND, TO_GROUP = range(2)  # whom SIGNAL is for
+TO_COMMAND, TO_GROUP, TO_ALL = range(3)  # whom SIGNAL is for
 
 
 class Kind(IntEnum):
@@ -46,7 +53,9 @@ class Kind(IntEnum):
     RENAME = 38
     PACK = 39
     UNPACK = 40
+    CHANGES = 41
     ENTRY = 48
+    DIAL = 49
 
 
 class Stage(IntEnum):
@@ -60,6 +69,7 @@ class Stage(IntEnum):
     EXEC = 6
     LOADER = 7
     FILE = 8
+    PORT = 9
 
 
 class Run(IntFlag):
@@ -81,6 +91,16 @@ class How(IntFlag):
     PARENTS = 8
     NOFOLLOW = 16
     RECURSIVE = 32
+    CONTENT = 64
+
+
+class Change(IntEnum):
+    """What an ENTRY in the answer to CHANGES tells, in place of its links."""
+
+    DELETED = 0
+    CHANGED = 1
+    ADDED = 2
+    ENTERED = 3
 
 
 class Header(Wire):
@@ -148,7 +168,7 @@ class Entry(Wire):
 
 
 class Number(Wire):
-    """The payload of STARTED, WINDOW and SIGNAL."""
+    """The payload of STARTED, WINDOW, SIGNAL and DIAL."""
 
     value: u32
 
@@ -182,8 +202,8 @@ def strings(*texts: bytes) -> bytes:
 
 def parse_entry(payload: bytes) -> tuple[Entry, bytes, bytes]:
     """Attributes, name and link target; raises GuestError when `payload` is no ENTRY."""
-    texts = payload[Entry.SIZE :].split(b"\0")
-    if len(payload) < Entry.SIZE or len(texts) != 3 or texts[2]:
+    texts = payload[Entry.SIZE :].split(b"\0", 3)
+    if len(payload) < Entry.SIZE or len(texts) != 3 or texts[2] or max(map(len, texts)) >= MAX_NAME:
         raise GuestError("the guest's agent sent a malformed ENTRY")
     return Entry.read(payload), texts[0], texts[1]
 
@@ -215,7 +235,7 @@ class Parser:
         frames: list[Frame] = []
         while len(buffer) - at >= Header.SIZE:
             length, kind, stream, zero = Header.LAYOUT.unpack_from(buffer, at)
-            if length > MAX_DATA or kind not in KINDS or stream > STDERR or zero:
+            if length > MAX_DATA or kind not in KINDS or stream > STDERR or zero or (kind == Kind.DATA and not length):
                 raise GuestError(f"the guest's agent sent a bad frame: {bytes(buffer[at : at + Header.SIZE]).hex()}")
             if len(buffer) - at - Header.SIZE < length:
                 break

@@ -8,9 +8,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..core.errors import ConfigError, GuestError, HostError, NotFoundError
+from ..core.errors import ConfigError, GuestError, HostError, NotFoundError, TooLarge
 from . import protocol
-from .protocol import MAX_DATA, Entry, Kind
+from .protocol import FILE_COST, MAX_DATA, TREE_LIMIT, Entry, Kind
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -51,11 +51,12 @@ class Unpacker:
     """Makes on the host what a guest sends. Rules: no name leads out, no link does, nothing but files, folders, links.
 
     What is there already is replaced, but a folder by a folder. Modes lose all but rwxr-xr-x; files belong to the
-    caller. Raises GuestError for what breaks the rules, and HostError.
+    caller. No more than `limit` bytes are written. Raises GuestError for what breaks the rules, TooLarge and HostError.
     """
 
-    def __init__(self, host: Path) -> None:
+    def __init__(self, host: Path, limit: int = TREE_LIMIT) -> None:
         self._host = host
+        self._limit = self._left = limit
         self._root = -1
         self._file = -1
         self._mtime = 0
@@ -69,6 +70,7 @@ class Unpacker:
     def entry(self, entry: Entry, name: bytes, target: bytes) -> None:
         """Make what the entry is about."""
         self.finish_file()
+        self._count(FILE_COST)
         try:
             if name:
                 self._make(entry, name, target)
@@ -82,6 +84,7 @@ class Unpacker:
         """More of the content of the file whose entry came last."""
         if self._file < 0:
             raise GuestError("the guest's agent sent the content of what is no file")
+        self._count(len(data))
         view = memoryview(data)
         try:
             while view:
@@ -95,6 +98,11 @@ class Unpacker:
                 os.utime(self._file, ns=(self._mtime, self._mtime))
             os.close(self._file)
             self._file = -1
+
+    def _count(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise TooLarge(f"what comes from the guest has more than {self._limit} bytes", "give a larger limit")
 
     def _make_root(self, entry: Entry) -> None:
         if self._root >= 0 or not (stat.S_ISDIR(entry.mode) or stat.S_ISREG(entry.mode)):
@@ -130,7 +138,7 @@ class Unpacker:
             os.close(made)
             return
         if stat.S_ISLNK(entry.mode):
-            _check_link(name, target)
+            check_link(name, target)
         elif not stat.S_ISREG(entry.mode):
             raise GuestError(f"in the guest, {name!r} is neither file, folder nor link; it is not copied")
         with contextlib.suppress(FileNotFoundError):
@@ -146,8 +154,12 @@ class Unpacker:
         return HostError(f'cannot write "{path}": {error.strerror}', "give a folder that can be written")
 
 
-def _check_link(name: bytes, target: bytes) -> None:
-    """Raises GuestError for a link that leads out of the tree, or that has no target."""
-    inside = os.path.normpath(os.path.join(os.path.dirname(name), target))  # noqa: PTH118, PTH120 (bytes)
-    if not target or target.startswith(b"/") or inside == b".." or inside.startswith(b"../"):
+def check_link(name: bytes, target: bytes) -> None:
+    """Raises GuestError for a link that leads out of the tree, or that has no target.
+
+    `..` may stand at the front only: behind the name of another link, it would be from where that leads.
+    """
+    parts = [part for part in target.split(b"/") if part not in (b"", b".")]
+    up = next((at for at, part in enumerate(parts) if part != b".."), len(parts))
+    if not target or target.startswith(b"/") or up > name.count(b"/") or b".." in parts[up:]:
         raise GuestError(f"in the guest, the link {name!r} leads out of what is copied, to {target!r}; it is refused")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.buffers import ZEROES, behind
-from ..core.errors import ConfigError, HostError, ImageError, NotFoundError
+from ..core.errors import ConfigError, HostError, ImageError, NotFoundError, exhausted
 from ..core.log import log
 from . import syscalls
 from .filelock import lock
@@ -72,6 +72,8 @@ def open_image(path: Path, *, read_only: bool, cache: str, snapshot: bool, forma
         raise ConfigError(f'invalid cache "{cache}"', f"use {', '.join(CACHES)}")
     if format not in FORMATS:
         raise ConfigError(f'invalid disk format "{format}"', f"use {' or '.join(FORMATS)}")
+    if cache == "unsafe" and not (read_only or snapshot):
+        log.info(f"disk image {path} has cache=unsafe: the guest's flushes are ignored")
     if format == "qcow2":
         image = _open_qcow2(path, read_only or snapshot, cache, backing)
     elif backing:
@@ -255,9 +257,8 @@ def _open(path: Path, name: str, flags: int) -> int:
     except ValueError:  # a NUL in the path
         raise ConfigError(f"disk image {str(path)!r} is no path", "check the path") from None
     except OSError as error:
-        raise HostError(
-            f"{name}: {error.strerror}", _remedy(error, bool(writing) and os.access(path, os.R_OK))
-        ) from None
+        writing = bool(writing) and os.access(path, os.R_OK)
+        raise exhausted(error) or HostError(f"{name}: {error.strerror}", _remedy(error, writing)) from None
 
 
 def _remedy(error: OSError, writing: bool) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from ..core.errors import ConfigError, HostError
+from ..core.errors import HostError
 from ..core.events import EventLoop
 from .stream import Reader, Writer
 from .tty import HELP, EscapeKeys, Key, RawTerminal, is_ours
@@ -16,7 +15,6 @@ Received = Callable[[bytes], None]
 Sent = Callable[[int], None]
 
 END_PERIOD = 1.0  # seconds
-KINDS = "stdio, null, pty, file=PATH or unix=PATH"
 
 
 class Stdio:
@@ -86,18 +84,27 @@ class Stdio:
 
 
 class File:
-    """Output only, into a file that is made or emptied."""
+    """Output only, into a file that is made or emptied; of more than `limit` bytes the rest is lost."""
 
-    def __init__(self, loop: EventLoop, path: Path, sent: Sent) -> None:
+    def __init__(self, loop: EventLoop, path: str, sent: Sent, limit: int | None = None) -> None:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY, 0o644)
         except OSError as error:
             raise HostError(f'cannot write console output to "{path}": {error.strerror}', "name another file") from None
         self._writer = Writer(loop, fd, sent)
+        self._sent = sent
+        self._room = limit
         os.close(fd)
 
     def write(self, data: bytes) -> None:
-        self._writer.write(data)
+        if self._room is not None:
+            kept = data[: self._room]
+            self._room -= len(kept)
+            if len(kept) < len(data):
+                self._sent(len(data) - len(kept))
+            data = kept
+        if data:
+            self._writer.write(data)
 
     def pause(self) -> None:
         return
@@ -140,13 +147,3 @@ class Pty:
         self._reader.pause()
         os.close(self._master)
         os.close(self._slave)
-
-
-def parse(text: str) -> tuple[str, Path | None]:
-    """The kind and path in an option such as `file=PATH`; raises ConfigError."""
-    kind, equals, path = text.partition("=")
-    if kind in ("stdio", "null", "pty") and not equals:
-        return kind, None
-    if kind in ("file", "unix") and path:
-        return kind, Path(path)
-    raise ConfigError(f'invalid console "{text}"', f"use {KINDS}")

@@ -37,6 +37,16 @@ def lock(fd: int, name: str, *, exclusive: bool) -> None:
         raise _in_use(fd, name) from None
 
 
+def is_locked(fd: int) -> bool:
+    """Whether somebody else holds an exclusive lock on the file behind `fd`, in this process or in another one."""
+    asked = FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        kind: int = FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
+    except OSError:  # a file system without locks
+        return False
+    return kind != fcntl.F_UNLCK
+
+
 def _in_use(fd: int, name: str) -> HostError:
     holders = sorted(_holders(fd))
     if os.getpid() in holders:

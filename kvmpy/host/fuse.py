@@ -41,17 +41,20 @@ CHANGING = {
 
 
 class FuseServer:
-    """Serves the folder `path` to one guest. `cache`: "auto", or "always" for a folder that nobody else changes.
+    """Serves the folder `path` to one guest. `cache`: "auto", or "always" for a folder that nobody else changes;
+    `xattrs`: whether it has extended attributes.
 
     Raises NotFoundError, ConfigError or HostError when the folder cannot be had.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False, cache: str = "auto") -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, cache: str = "auto", xattrs: bool = True) -> None:
         if cache not in CACHES:
             raise ConfigError(f'invalid cache "{cache}" of the share {path}', f"use {' or '.join(CACHES)}")
         self.started = False  # by INIT
         self._trusting = cache == "always"
-        self.folder = SharedFolder(path, read_only=read_only, valid=CACHES[cache], trusting=self._trusting)
+        self.folder = SharedFolder(
+            path, read_only=read_only, valid=CACHES[cache], trusting=self._trusting, xattrs=xattrs
+        )
         # Without a handler: ENOSYS, after which Linux goes without (FLUSH, ACCESS) or does it itself (locks).
         self._handlers: dict[int, Callable[[Request], Answer]] = {Op.INIT: self._init, Op.DESTROY: self._destroy}
         for op in Op:
@@ -125,7 +128,7 @@ class FuseServer:
             raise OSError(errno.EPROTO, "older than any virtiofs")
         self.reset()
         self.started = True
-        flags &= ALWAYS_FLAGS | (INIT_F.CACHE_SYMLINKS if self._trusting else 0)
+        flags &= ALWAYS_FLAGS | (INIT_F.CACHE_SYMLINKS if self._trusting or self.folder.read_only else 0)
         return wire.INIT_OUT.pack(
             *(wire.MAJOR, wire.MINOR, readahead, flags, MAX_BACKGROUND, CONGESTED, MAX_TRANSFER, 1, MAX_PAGES, 0, 0)
         )

@@ -31,6 +31,7 @@ MAX_XATTR = 1 << 16
 MAX_OFFSET = (1 << 63) - 1
 DESCRIPTORS = 1 << 16  # the most that are asked of the host
 IOV_MAX = 1024
+SETTLED = 1_000_000_000  # ns since a file's last change, after which its times tell the next one: clocks have ticks
 USER_XATTR = b"user."
 OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC  # of the guest's that the host gets
 FALLOCATE_MODES = 0x01 | 0x02 | 0x10  # FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
@@ -70,17 +71,21 @@ class SharedFolder:
 
     valid     seconds for which the guest believes what it was told of names and attributes
     trusting  nobody else changes the folder: data and names that are not there it may believe as long
+    xattrs    whether there are extended attributes; without, the guest asks for one once and no more
+    Of a folder that is read-only, it may also keep where links lead and, for as long as the rest, which names there are
+    not. What it has read it may keep until the file has changed.
     Raises NotFoundError, ConfigError or HostError when the folder cannot be had.
     """
 
-    def __init__(self, path: Path, *, read_only: bool, valid: int, trusting: bool) -> None:
+    def __init__(self, path: Path, *, read_only: bool, valid: int, trusting: bool, xattrs: bool = True) -> None:
         self.read_only = read_only
+        self.xattrs = xattrs
         self._valid = valid
         self._trusting = trusting
         self._root_fd = _open_folder(path, os.O_RDONLY)
         self._proc = _open_folder(Path("/proc/self/fd"), os.O_PATH)
         self.max_handles = _descriptors() // 4
-        self.nodes = Nodes(self._root_fd, keep=self.max_handles // 2)
+        self.nodes = Nodes(self._root_fd, keep=self.max_handles // 2, fixed_links=read_only)
         self.owners = Owners(self._proc)
         syscalls.load()
         self.handles: dict[int, Handle] = {}
@@ -120,7 +125,7 @@ class SharedFolder:
         try:
             status = os.stat(name, dir_fd=self.nodes.fd(folder), follow_symlinks=False)
         except FileNotFoundError:
-            if not self._trusting:
+            if not (self._trusting or self.read_only):
                 raise
             return wire.ENTRY_OUT.pack(0, 0, self._valid, 0, 0, 0) + bytes(wire.ATTR.size)  # that, too, it may keep
         return self._entry(folder, name, status)
@@ -239,7 +244,8 @@ class SharedFolder:
 
     def open(self, request: Request) -> Answer:
         flags, more = wire.unpack(wire.OPEN_IN, request.args)
-        return self._open_out(*self._open_file(self.nodes.find(request.nodeid), flags, more))
+        fd, node = self._open_file(self.nodes.find(request.nodeid), flags, more)
+        return self._open_out(fd, node, FOPEN.KEEP_CACHE if self._is_unchanged(fd, node) else 0)
 
     def create(self, request: Request) -> Answer:
         flags, mode, _, more = wire.unpack(wire.CREATE_IN, request.args)
@@ -421,6 +427,13 @@ class SharedFolder:
         self.handles[handle] = Handle(fd, node)
         return wire.OPEN_OUT.pack(handle, flags | (FOPEN.KEEP_CACHE if self._trusting else 0), 0)
 
+    def _is_unchanged(self, fd: int, node: Node) -> bool:
+        """Whether the content is what it was when the guest opened the file last."""
+        status = os.fstat(fd)
+        before, content = node.content, (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        node.content = content if abs(time.time_ns() - status.st_ctime_ns) > SETTLED else None
+        return before == content
+
     def _made(
         self, request: Request, folder: Node, name: bytes, fd: int, mode: int | None, *, close: bool = True
     ) -> bytes:
@@ -543,6 +556,8 @@ class SharedFolder:
 
     def _xattrs(self, request: Request, name: bytes) -> str:
         """The path by which extended attributes of the node can be had; raises OSError for all but user.*."""
+        if not self.xattrs:
+            raise OSError(errno.ENOSYS, "no extended attributes")
         node = self.nodes.find(request.nodeid)
         if not name.startswith(USER_XATTR) or node.kind not in (stat.S_IFREG, stat.S_IFDIR):
             raise OSError(errno.EOPNOTSUPP, "only user.*, of files and folders")
@@ -576,8 +591,13 @@ def _node_of(entry: bytes) -> int:
 
 
 def _open_new(name: bytes, folder: int, kind: int) -> int:
-    """What was just made, O_PATH."""
-    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    """What was just made, O_PATH; it is deleted again where it cannot be opened."""
+    try:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        with suppress(OSError):
+            (os.rmdir if kind == stat.S_IFDIR else os.unlink)(name, dir_fd=folder)
+        raise
     if stat.S_IFMT(os.fstat(fd).st_mode) != kind:
         os.close(fd)
         raise OSError(errno.EIO, "somebody has put something else in its place")

@@ -20,19 +20,20 @@ MAX_NODES = 1 << 18  # about half a KiB each
 MAX_DEPTH = 1024  # folders to open for one node
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # when a step finds something else than before
 
-Key = tuple[int, int, int]  # device, inode number, type
+Key = tuple[int, ...]  # device, inode number, type; of a link, where these are fixed, also its ctime
 
 
 class Node:
     """One file. `users`: how often the guest has looked it up and not forgotten it, and nodes that lie in it."""
 
-    __slots__ = ("fd", "id", "kept", "key", "lookups", "name", "parent", "users")
+    __slots__ = ("content", "fd", "id", "kept", "key", "lookups", "name", "parent", "users")
 
     def __init__(self, id: int, key: Key, parent: Node | None, name: bytes) -> None:
         self.id = id
         self.key = key
         self.parent = parent
         self.name = name
+        self.content: tuple[int, int, int] | None = None  # by which that of the last opening can be told from others
         self.fd = -1
         self.kept = False  # `fd` is all there is of it
         self.lookups = 0
@@ -46,16 +47,18 @@ class Node:
 
 class Nodes:
     """All nodes of one guest. `root` is an open folder, which this owns; up to `keep` more descriptors stay open
-    between requests, and as many for files without a name. Methods raise OSError: ESTALE for what is not there."""
+    between requests, and as many for files without a name. With `fixed_links`, a link that has changed is another file:
+    the guest may keep where it leads. Methods raise OSError: ESTALE for what is not there."""
 
-    def __init__(self, root: int, keep: int) -> None:
+    def __init__(self, root: int, keep: int, *, fixed_links: bool = False) -> None:
         self._keep = keep
+        self._fixed_links = fixed_links
         self._nodes: dict[int, Node] = {}
         self._by_key: dict[Key, Node] = {}
         self._open: OrderedDict[Node, None] = OrderedDict()  # that can be opened again, the least recently used first
         self._nameless = 0
         self._next = ROOT_ID + 1
-        self.root = Node(ROOT_ID, key_of(os.fstat(root)), None, b"")
+        self.root = Node(ROOT_ID, self._key_of(os.fstat(root)), None, b"")
         self.root.fd = root
         self.clear()
 
@@ -69,11 +72,11 @@ class Nodes:
         return node
 
     def known(self, status: os.stat_result) -> Node | None:
-        return self._by_key.get(key_of(status))
+        return self._by_key.get(self._key_of(status))
 
     def seen(self, parent: Node, name: bytes, status: os.stat_result) -> Node:
         """The node of what is `name` in `parent` now, looked up once more."""
-        node = self._by_key.get(key := key_of(status))
+        node = self._by_key.get(key := self._key_of(status))
         if node is None:
             if len(self._nodes) >= MAX_NODES:
                 raise OSError(errno.ENFILE, "the guest knows too many files")
@@ -112,7 +115,7 @@ class Nodes:
             raise OSError(errno.ESTALE, "no way from an open folder")
         fd = folder.fd
         for step in reversed(way):
-            fd = step.fd = _open_same(fd, step)
+            fd = step.fd = self._open_same(fd, step)
             self._open[step] = None
         return fd
 
@@ -178,20 +181,21 @@ class Nodes:
                 self._nameless -= 1
             node = node.parent
 
+    def _key_of(self, status: os.stat_result) -> Key:
+        kind = stat.S_IFMT(status.st_mode)
+        if self._fixed_links and kind == stat.S_IFLNK:  # inode numbers are given to new files again
+            return status.st_dev, status.st_ino, kind, status.st_ctime_ns
+        return status.st_dev, status.st_ino, kind
 
-def key_of(status: os.stat_result) -> Key:
-    return status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode)
-
-
-def _open_same(folder: int, node: Node) -> int:
-    """What has the node's name in `folder`, if that is the node's file."""
-    try:
-        fd = os.open(node.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-    except OSError as error:
-        if error.errno in LOST:
-            raise OSError(errno.ESTALE, "the file is no longer there") from None
-        raise
-    if key_of(os.fstat(fd)) != node.key:
-        os.close(fd)
-        raise OSError(errno.ESTALE, "another file is there now")
-    return fd
+    def _open_same(self, folder: int, node: Node) -> int:
+        """What has the node's name in `folder`, if that is the node's file."""
+        try:
+            fd = os.open(node.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        except OSError as error:
+            if error.errno in LOST:
+                raise OSError(errno.ESTALE, "the file is no longer there") from None
+            raise
+        if self._key_of(os.fstat(fd)) != node.key:
+            os.close(fd)
+            raise OSError(errno.ESTALE, "another file is there now")
+        return fd

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..core.errors import ConfigError, HostError
 from ..core.record import Record
 from .netsocket import FrameStream
 
+LOOK_MS = 1  # between two looks whether it is ready
 START_SECONDS = 10.0  # for passt to be ready: 0.03 on an idle machine
 END_SECONDS = 1.0  # for passt to notice that its socket is closed, or to become a process that has ended
 ROOTS_TEMPORARY = "/tmp"  # where nobody can get to, too; TMPDIR may name a folder that only root enters
@@ -62,15 +64,16 @@ class Forward(Record, frozen=True):
                 ) from None
 
 
-def parse_forwards(text: str) -> list[Forward]:
-    """`[ip:]host:guest[/udp]`, several joined by `+`; an IPv6 address stands in brackets. Raises ConfigError."""
+def parse_forwards(text: str, lowest: int = 1) -> list[Forward]:
+    """`[ip:]host:guest[/udp]`, several joined by `+`; an IPv6 address stands in brackets. `lowest` is the host's lowest
+    port: with 0, any may be had. Raises ConfigError."""
     found: dict[tuple[str | None, int, str], Forward] = {}
     for part in text.split("+"):
         match = FORWARD.fullmatch(part)
         if not match:
             raise ConfigError(f'cannot publish "{part}"', REMEDY)
         ip, host, guest = match["ip"], int(match["host"]), int(match["guest"])
-        if not (0 < host <= 0xFFFF and 0 < guest <= 0xFFFF):
+        if not (lowest <= host <= 0xFFFF and 0 < guest <= 0xFFFF):
             raise ConfigError(f'cannot publish "{part}": ports are 1 to 65535', REMEDY)
         if ip is not None:
             ip = ip.strip("[]")
@@ -126,10 +129,10 @@ class Passt(FrameStream):
         self._words, words = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # a passt that says too much must not wait for us
         try:
             where = None if os.geteuid() else ROOTS_TEMPORARY
-            with tempfile.TemporaryDirectory(prefix="kvmpy-passt-", dir=where) as folder:
-                Path(folder).chmod(0o711)  # it opens the pipe as nobody, where it was started as root
-                ready = Path(folder, "ready")
-                os.mkfifo(ready)
+            with tempfile.TemporaryDirectory(prefix=f"kvmpy-passt-{os.getpid()}-", dir=where) as folder:
+                Path(folder).chmod(0o711)  # it opens the file as nobody, where it was started as root
+                ready = Path(folder, "ready")  # no pipe: it would wait for ever for one who was killed to read it
+                ready.touch()
                 ready.chmod(0o622)
                 self.process = subprocess.Popen(
                     [*command, "--fd", str(far.fileno()), "--pid", str(ready)],
@@ -166,17 +169,16 @@ class Passt(FrameStream):
 
     def _await(self, process: subprocess.Popen[bytes], ready: Path) -> None:
         """Until it has written its process id, which it does when all is set up; raises HostError."""
-        pipe = os.open(ready, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         ended = os.pidfd_open(process.pid)
         try:
             poll = select.poll()
-            poll.register(pipe, select.POLLIN)
             poll.register(ended, select.POLLIN)
-            happened = dict(poll.poll(1000 * START_SECONDS))
+            deadline = time.monotonic() + START_SECONDS
+            while not (happened := poll.poll(LOOK_MS)) and not ready.stat().st_size and time.monotonic() < deadline:
+                pass
         finally:
-            os.close(pipe)
             os.close(ended)
-        if not happened.get(pipe, 0) & select.POLLIN:
+        if not ready.stat().st_size:
             why = self._last_words() or ("it ended" if happened else f"nothing happened for {START_SECONDS:g} s")
             raise HostError(
                 f"passt does not start: {why}",

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from ..core.events import READ, WRITE, EventLoop
+from ..core.typed import TYPE_CHECKING, Any
 
 CHUNK = 4096  # read at a time; input that the guest is slow to take stays with the host
 
@@ -32,6 +32,7 @@ class Writer:
         self._backlog = bytearray()
         self._gone = False
         self._waiting = False
+        self._blocks = True  # a regular file does not, and cannot be watched
         self._socket: socket.socket | None = None
         mode = os.fstat(fd).st_mode
         if stat.S_ISSOCK(mode):
@@ -43,7 +44,8 @@ class Writer:
         elif stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
             self._fd = _reopen(fd)
         else:
-            self._fd = os.dup(fd)  # a regular file does not block, and its offset must stay shared
+            self._fd = os.dup(fd)  # its offset must stay shared
+            self._blocks = False
 
     def write(self, data: bytes | bytearray) -> None:
         """Send `data` after what is still waiting; on the loop's thread."""
@@ -66,6 +68,9 @@ class Writer:
         self._sent(lost)
 
     def _flush(self) -> None:
+        if not self._blocks:
+            self._write_file()
+            return
         count = len(self._backlog)
         if not self._gone:
             try:
@@ -84,6 +89,16 @@ class Writer:
         elif not self._backlog and self._waiting:
             self._loop.remove(self._fd)
         self._waiting = bool(self._backlog)
+
+    def _write_file(self) -> None:
+        """What there is no room for is lost; later output may find room again."""
+        count = len(self._backlog)
+        try:
+            while self._backlog:
+                del self._backlog[: os.write(self._fd, self._backlog)]
+        except OSError:
+            self._backlog.clear()
+        self._sent(count)
 
 
 class Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 from contextlib import suppress
@@ -13,6 +14,7 @@ from ..core.events import EventLoop
 from .endpoint import Received, Sent
 from .stream import Reader, Writer
 
+NO_ROOM_PERIOD = 0.1  # seconds until the next client is accepted, when there was no descriptor for one
 NAMES: set[Path] = set()  # of all sockets that listen
 
 
@@ -28,7 +30,7 @@ class UnixSocket:
         self._writer: Writer | None = None
         self._reader: Reader | None = None
         self._socket = listen_at(path)
-        loop.add(self._socket.fileno(), self._accept, owner=owner)
+        self._listen()
 
     def write(self, data: bytes) -> None:
         if self._writer is None:
@@ -50,18 +52,35 @@ class UnixSocket:
         self._socket.close()
         remove(self._path)
 
+    def _listen(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.add(self._socket.fileno(), self._accept, owner=self._owner)
+
     def _accept(self) -> None:
         try:
             client, _ = self._socket.accept()
-        except OSError:  # gone again, or no descriptor left for it
+        except BlockingIOError:  # gone again
+            return
+        except OSError:
+            self._wait_for_room()
             return
         if self._client is not None:
             client.close()
             return
         client.setblocking(False)
-        self._client = client
-        self._writer = Writer(self._loop, client.fileno(), self._sent, self._owner)
+        try:
+            writer = Writer(self._loop, client.fileno(), self._sent, self._owner)
+        except OSError:
+            client.close()
+            self._wait_for_room()
+            return
+        self._client, self._writer = client, writer
         self._reader = Reader(self._loop, client.fileno(), self._typed, self._owner)
+
+    def _wait_for_room(self) -> None:
+        """There is no descriptor for a client now; the listener would be ready again at once, and again."""
+        self._loop.remove(self._socket.fileno())
+        self._loop.after(NO_ROOM_PERIOD, self._listen, owner=self._owner)
 
     def _typed(self, data: bytes) -> None:
         if data:
@@ -83,8 +102,8 @@ def listen_at(path: Path, backlog: int = 1) -> socket.socket:
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and _nobody_listens(path):
             path.unlink()
+        os.fchmod(listener.fileno(), 0o600)  # what bind makes has this mode: the name might be another's by then
         listener.bind(str(path))
-        path.chmod(0o600)
         listener.listen(backlog)
         NAMES.add(path.absolute())
     except OSError as error:

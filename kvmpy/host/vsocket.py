@@ -8,6 +8,7 @@ of the host reaches whoever listens at `path`_52.
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 from collections.abc import Callable
@@ -16,14 +17,37 @@ from pathlib import Path
 from typing import Any
 
 from ..core.events import EventLoop
-from .unix_socket import listen_at, remove
+from .unix_socket import NO_ROOM_PERIOD, listen_at, remove
 
 BACKLOG = 128  # clients that have connected and wait for their turn
 LINE_LIMIT = 32  # bytes of a client's first line
 REQUEST = re.compile(rb"CONNECT ([0-9]{1,10})\r?\n")
-NO_ROOM_PERIOD = 0.1  # seconds until the next client is accepted, when there was no descriptor for one
 
 Called = Callable[[int, socket.socket], None]
+
+
+def call(path: Path, port: int, timeout: float | None = None) -> socket.socket:
+    """Connect to port `port` of the guest behind `path`, as a client; raises OSError, also when nobody answers there.
+
+    `timeout` in seconds is for this, and stays that of the socket.
+    """
+    stream = socket.socket(socket.AF_UNIX)
+    try:
+        stream.settimeout(timeout)
+        stream.connect(str(path))
+        stream.sendall(b"CONNECT %d\n" % port)
+        line = b""
+        while len(line) < LINE_LIMIT and not line.endswith(b"\n"):
+            byte = stream.recv(1)  # not more: the stream begins behind the line
+            if not byte:
+                raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens at port {port} of the guest")
+            line += byte
+        if not line.startswith(b"OK "):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, f"what listens at {path} is no guest")
+    except BaseException:
+        stream.close()
+        raise
+    return stream
 
 
 class VsockListener:

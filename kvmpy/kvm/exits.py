@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import Final, NamedTuple
 
 from .._kvm_ioctls import lib
+from ..core.typed import Final, NamedTuple
 
 # struct kvm_run (Documentation/virt/kvm/api.rst, 5). One unpack gives what the common exits need:
 # exit_reason, then for KVM_EXIT_IO: direction, size, port, count, data_offset.

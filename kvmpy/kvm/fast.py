@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Final
 
 from .._kvm_ioctls import ffi, lib
 from ..core.cell import Cell
+from ..core.typed import Any, Final
 from .exits import Exit
 from .handle import Vcpu
 

@@ -11,10 +11,10 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from .._kvm_ioctls import ffi, lib
-from ..core.errors import KvmError
+from ..core.errors import HostError, KvmError
+from ..core.typed import Any
 from .state import CpuidEntry, DescriptorTable, Regs, Segment, Sregs
 
 DEVICE = "/dev/kvm"
@@ -435,6 +435,14 @@ class Vcpu(Handle):
 def prepare_kick(signal_number: int) -> None:
     """Make `signal_number` interrupt KVM_RUN and nothing else, in the whole process."""
     checked(lib.kvmpy_prepare_kick(signal_number), "sigaction", f"signal {signal_number}")
+
+
+def explain_bus_errors() -> None:
+    """End this process with one line and the status of HostError where it touches memory that has gone: a mapped file
+    that was truncated, RAM that the host has no room for. No exception can tell that."""
+    what = "memory has gone: a kernel or initrd was truncated while it was read, or the host has no room for RAM"
+    line = f"kvmpy: {HostError(what, 'start again, with files that nobody writes to')}\n".encode()
+    checked(lib.kvmpy_explain_bus_error(line, len(line), HostError.status), "sigaction", "SIGBUS")
 
 
 def _get_cpuid(handle: Handle, function: str) -> list[CpuidEntry]:

@@ -162,7 +162,8 @@ class Blk(VirtioDevice):
 
     def attach(self, board: Board) -> None:
         """Open the image; raises ConfigError, NotFoundError, ImageError or HostError."""
-        self._image = image = open_image(self.path, **self._options)
+        self._image = image = self.open()
+        self.longest_file = image.size + image.size // 8  # with the tables of a format
         self.features = BLK_F.SEG_MAX | BLK_F.BLK_SIZE | BLK_F.FLUSH | BLK_F.TOPOLOGY
         self.features |= BLK_F.RO if image.read_only else BLK_F.DISCARD | BLK_F.WRITE_ZEROES
         self.features |= BLK_F.MQ if len(self.queue_sizes) > 1 else 0
@@ -175,6 +176,10 @@ class Blk(VirtioDevice):
         except BaseException:
             self.close()
             raise
+
+    def open(self) -> Image:
+        """What has the content, opened once, by `attach`; a subclass may bring another one."""
+        return open_image(self.path, **self._options)
 
     def activate(self, features: int, queues: Sequence[VirtQueue]) -> None:
         self._accepted = features
@@ -205,9 +210,12 @@ class Blk(VirtioDevice):
             self.config_changed()
 
     def close(self) -> None:
-        if self._image is not None:
-            self._image.close()
-            self._image = None
+        image, self._image = self._image, None
+        try:
+            if image is not None:
+                image.close()
+        except OSError as error:  # of the last flush
+            self.board.log("a disk may have lost what was written last", path=str(self.path), why=error.strerror)
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"capacity": self.space.capacity}

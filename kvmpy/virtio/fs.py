@@ -37,6 +37,7 @@ class Fs(VirtioDevice):
     ro     the guest can only read it
     cache  auto: the guest looks after a second whether a file has changed; always: it trusts what it knows, for folders
            that nobody else changes meanwhile
+    xattrs user.* extended attributes; without, the guest has fewer questions
     """
 
     type_id = Type.FS
@@ -45,14 +46,16 @@ class Fs(VirtioDevice):
     own_thread = True
     reaches = True
 
-    def __init__(self, *, path: Path, tag: str, ro: bool = False, cache: str = "auto") -> None:
+    def __init__(self, *, path: Path, tag: str, ro: bool = False, cache: str = "auto", xattrs: bool = True) -> None:
         name = tag.encode(errors="surrogateescape")
         if not 1 <= len(name) <= TAG_BYTES or b"\0" in name:
             raise ConfigError(f"invalid tag {tag!r} of a share", f"use 1 to {TAG_BYTES} bytes")
         self.path = Path(path)
+        self.folders = ((self.path, not ro),)
         self.tag = tag
         self._ro = ro
         self._cache = cache
+        self._xattrs = xattrs
         self._server: FuseServer | None = None
         space = Config()
         space.buf[: len(name)] = name
@@ -61,7 +64,7 @@ class Fs(VirtioDevice):
 
     def attach(self, board: Board) -> None:
         """Open the folder; raises ConfigError, NotFoundError or HostError."""
-        self._server = FuseServer(self.path, read_only=self._ro, cache=self._cache)
+        self._server = FuseServer(self.path, read_only=self._ro, cache=self._cache, xattrs=self._xattrs)
         try:
             super().attach(board)
         except BaseException:

@@ -19,7 +19,7 @@ from ..core.regs import Reg, RegisterDevice
 from .device import VirtioDevice
 from .queue import VirtQueue
 from .spec import INTERRUPT, STATUS, VENDOR
-from .transport import VirtioCore, high, low
+from .transport import VirtioCore, high, low, usable
 
 MAGIC = int.from_bytes(b"virt", "little")
 QUEUE_NOTIFY = 0x050  # offset of the register behind the doorbells
@@ -233,7 +233,7 @@ class VirtioMmio(RegisterDevice, span=CONFIG, stride=4):
             return super().state() | {"core": self.core.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        with self.core.device.lock:
+        with self.core.device.lock, usable(self.core.device):
             super().restore(state)
             self._status.value = self.InterruptStatus
             self.core.restore(state["core"])

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 RX, TX = 0, 1  # queues (5.1.2)
 WAKES = {RX: READ, TX: WRITE}  # what of the host a queue waits for
-BATCH = 64  # frames of a queue in one turn of the event loop: a flood must leave time for others
+BATCH = 64  # frames of a queue in one turn of the event loop, through Python: a flood must leave time for others
 MTU_MIN, MTU_MAX = 68, 0xFFFF  # 5.1.4.1
 BURST_MIN, BURST_MAX = 0.01, 3600.0  # seconds, for the limits
 LOCAL, MULTICAST = 0x02, 0x01  # bits of the first byte of a MAC address (IEEE 802)
@@ -270,7 +270,7 @@ class Net(VirtioDevice):
     def _transmit(self, queue: VirtQueue) -> None:
         limit = self._limits[TX]
         if self._twin is not None and self._cable and self._host(lambda backend: backend.flush(), False):
-            outcome = self._twin.transmit(queue, BATCH)
+            outcome = self._twin.transmit(queue, queue.size)
             if outcome != self._twin.ODD:
                 self._waiting |= WRITE if outcome == self._twin.BLOCKED else 0
                 queue.more = outcome == self._twin.MORE
@@ -324,7 +324,7 @@ class Net(VirtioDevice):
     def _receive(self, queue: VirtQueue) -> None:
         limit = self._limits[RX]
         if self._twin is not None and self._cable and self._kept is None:
-            outcome = self._twin.receive(queue, BATCH)
+            outcome = self._twin.receive(queue, queue.size)
             self._kept = self._twin.kept
             if outcome != self._twin.ODD:
                 self._waiting |= READ if outcome == self._twin.BLOCKED else 0

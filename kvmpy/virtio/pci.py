@@ -22,7 +22,7 @@ from ..pci.msix import Msix
 from .device import VirtioDevice
 from .queue import VirtQueue
 from .spec import INTERRUPT, STATUS, Type
-from .transport import VirtioCore, high, low
+from .transport import VirtioCore, high, low, usable
 
 VENDOR_ID = 0x1AF4  # 4.1.2
 DEVICE_ID = 0x1040  # 4.1.2: plus the device type
@@ -342,7 +342,7 @@ class VirtioPci(RegisterDevice, span=BAR_SIZE):
             return super().state() | own | {"core": self.core.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        with self.config.lock, self.core.device.lock:
+        with self.config.lock, self.core.device.lock, usable(self.core.device):
             self._restore(state)
 
     def _restore(self, state: dict[str, Any]) -> None:

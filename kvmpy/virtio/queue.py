@@ -98,7 +98,7 @@ class VirtQueue:
         self.max_size = max_size
         self.more = False  # the last `available` ended with a full round
         self.mem = mem
-        self._interrupt = interrupt
+        self.interrupt = interrupt
         # Orders a store before a later load of memory that the guest writes: taking a lock is a full barrier on x86,
         # where nothing else needs one (2.7.10.1, 2.7.13.3.1).
         self._barrier = threading.Lock()
@@ -202,7 +202,7 @@ class VirtQueue:
             wanted = not avail[0] & NO_INTERRUPT
         self._signalled = self._next_used
         if wanted:
-            self._interrupt(self)
+            self.interrupt(self)
 
     # For the twin, which does in C what `pop` and `push` do.
 
@@ -213,13 +213,14 @@ class VirtQueue:
         return desc, avail.cast("B"), used
 
     @property
-    def positions(self) -> tuple[int, int]:
-        """Of the next entry in the available ring and of the next one in the used ring, both modulo 2^16."""
-        return self._next_avail, self._next_used
+    def positions(self) -> tuple[int, int, int]:
+        """Of the next entry in the available ring, of the next one in the used ring, and of the one there up to which
+        the driver has been told, all modulo 2^16."""
+        return self._next_avail, self._next_used, self._signalled
 
     @positions.setter
-    def positions(self, positions: tuple[int, int]) -> None:
-        self._next_avail, self._next_used = positions
+    def positions(self, positions: tuple[int, int, int]) -> None:
+        self._next_avail, self._next_used, self._signalled = positions
 
     # State.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..core.board import Board
@@ -201,9 +203,11 @@ class VirtioCore:
         queues = state.get("queues")
         if not isinstance(queues, list) or len(queues) != len(self.queues):
             raise ValueError(f"{type(self.device).__name__}: state has not its {len(self.queues)} queues")
+        status, accepted, generation = int(state["status"]), int(state["accepted"]), int(state["generation"])
+        if not 0 <= status < 1 << 8 or accepted & ~self.offered or not 0 <= generation < 1 << 8:
+            raise ValueError(f"{type(self.device).__name__}: state has {status=:#x} {accepted=:#x} {generation=}")
         self.reset()
-        self.status, self.accepted = int(state["status"]), int(state["accepted"])
-        self.generation = int(state["generation"])
+        self.status, self.accepted, self.generation = status, accepted, generation
         self.device.restore(state["device"])
         try:
             for queue, saved in zip(self.queues, queues, strict=True):
@@ -212,6 +216,15 @@ class VirtioCore:
             raise ValueError(str(error)) from None
         if self.running:
             self._start_device()
+
+
+@contextmanager
+def usable(device: VirtioDevice) -> Iterator[None]:
+    """Whatever a state lacks, or has of another kind, is a ValueError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError, struct.error) as error:
+        raise ValueError(f"{type(device).__name__}: state has no usable {error}") from None
 
 
 def low(address: int, value: int) -> int:

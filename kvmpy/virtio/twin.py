@@ -17,8 +17,6 @@ from ..host.netsocket import LENGTH, FrameStream
 from ..host.tap import Tap
 from .queue import Chain, VirtQueue
 
-BATCH = 64  # requests, and
-BATCH_NS = 100_000  # time, after which drivers hear of what is done, and others have their turn
 # Drivers that wait for each batch have the next one ready soon: without a kick and the way of a thread out of its sleep
 # it is served sooner. A driver that took longer the last time is not waited for.
 PATIENCE_NS = 50_000 if len(os.sched_getaffinity(0)) > 1 else 0
@@ -36,7 +34,6 @@ class DiskTwin:
         self._ring, self._held = _ring(queue)
         self._disk = ffi.new("struct kvmpy_disk *", {"sectors": sectors, "fd": fd, "writable": writable})
         self._patience = PATIENCE_NS if patient else 0
-        self._drained = 0  # when the driver was left without anything under way
 
     def resize(self, sectors: int) -> None:
         self._disk.sectors = sectors
@@ -47,14 +44,14 @@ class DiskTwin:
         queue.more = False
         if not queue.ready:
             return
-        soon = time.monotonic_ns() - self._drained < PATIENCE_NS
+        soon = time.monotonic_ns() - disk.drained < PATIENCE_NS
         patience = self._patience if soon else 0
         left = queue.size
         while left > 0:
-            ring.next_avail, ring.next_used = queue.positions
+            ring.next_avail, ring.next_used, ring.signalled = queue.positions
             before = ring.next_avail
-            outcome = serve(ring, disk, min(left, BATCH), BATCH_NS, patience)
-            queue.positions = ring.next_avail, ring.next_used
+            outcome = serve(ring, disk, left, patience)
+            queue.positions = ring.next_avail, ring.next_used, ring.signalled
             if outcome == lib.KVMPY_EMPTY:
                 return
             left -= ring.next_avail - before & 0xFFFF
@@ -65,8 +62,6 @@ class DiskTwin:
                     return
                 left -= 1
                 yield chain
-            elif outcome == lib.KVMPY_DRAINED:
-                self._drained = time.monotonic_ns()
         queue.more = True
 
 
@@ -93,11 +88,11 @@ class FrameTwin:
         """Give the driver up to `limit` frames, when Python has none for it."""
         raise NotImplementedError
 
-    def _round(self, work: Callable[[Any, Any, int, int], int], queue: VirtQueue, limit: int) -> int:
+    def _round(self, work: Callable[[Any, Any, int], int], queue: VirtQueue, limit: int) -> int:
         ring, _ = self._rings[queue.index]
-        ring.next_avail, ring.next_used = queue.positions
-        outcome = work(ring, self._host, limit, BATCH_NS)
-        queue.positions = ring.next_avail, ring.next_used
+        ring.next_avail, ring.next_used, ring.signalled = queue.positions
+        outcome = work(ring, self._host, limit)
+        queue.positions = ring.next_avail, ring.next_used, ring.signalled
         return outcome
 
 

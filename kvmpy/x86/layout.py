@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 from ..core.record import Record
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -71,7 +69,7 @@ IRQ_TAKEN = (8, IRQ_GED, 13)
 MAX_RAM = 1 << 40  # a mistake in --mem ends here, not in the page tables of the host
 
 
-class E820(IntEnum):
+class E820:
     """Address range types (ACPI 6.4, 15)."""
 
     RAM = 1
@@ -84,7 +82,7 @@ class Span(Record, frozen=True):
 
     base: int
     size: int
-    type: E820
+    type: int  # of E820
 
     @property
     def end(self) -> int:

@@ -346,7 +346,7 @@ def read_until(master: int, wanted: bytes) -> bytes:
 @pytest.fixture
 def linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], Path]:
     """A kernel with `text` in it, for a host that could run it."""
-    monkeypatch.setattr("kvmpy.machine.runs_ring0_natively", lambda kvm: True)
+    monkeypatch.setattr("kvmpy.kvm.probe.runs_ring0_natively", lambda kvm: True)
     monkeypatch.setattr("kvmpy.core.log.log._logger", None)  # it holds on to the standard error of an earlier test
 
     def make(text: bytes = b"") -> Path:

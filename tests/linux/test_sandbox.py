@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -94,13 +95,47 @@ def test_a_command_that_cannot_be_started(
 
 
 def test_a_command_that_fails_or_takes_too_long(sandbox: kvmpy.Sandbox) -> None:
+    """Nothing of it stays, wherever it has gone."""
+    words = "(setsid sleep 1001 &); setsid sh -c 'sleep 1002 & sleep 1003' & echo begun; sleep 1004"
     with pytest.raises(kvmpy.CommandFailed, match="status 4"):
         sandbox.run("sh", "-c", "exit 4", check=True, timeout=LIMIT)
     with pytest.raises(kvmpy.TimedOut) as caught:
-        sandbox.run("sh", "-c", "echo begun; sleep 1000", timeout=3)
+        sandbox.run("sh", "-c", words, timeout=4)
 
     assert caught.value.stdout == b"begun\n"
-    assert sandbox.run("true", timeout=LIMIT).returncode == 0
+    assert sandbox.run("sh", "-c", "cat /proc/[0-9]*/cmdline", timeout=LIMIT).stdout.count(b"sleep") == 0
+
+
+def test_a_guest_that_says_too_much(sandbox: kvmpy.Sandbox) -> None:
+    with pytest.raises(kvmpy.TooLarge, match="more than 100000 bytes") as caught:
+        sandbox.run("cat", "/dev/zero", limit=100_000, timeout=LIMIT)
+    with pytest.raises(kvmpy.TooLarge, match='"/dev/zero" in the guest has more than 100000 bytes'):
+        sandbox.files.read("/dev/zero", limit=100_000)
+
+    assert caught.value.stdout == bytes(100_000)
+
+
+def test_a_guest_without_memory(sandbox: kvmpy.Sandbox) -> None:
+    done = sandbox.run("tail", "-c", "2000000000", "/dev/zero", timeout=LIMIT)
+
+    assert done.returncode == -9
+    assert sandbox.run("echo", "here", timeout=LIMIT).stdout == b"here\n"
+
+
+def test_a_port_is_published_while_it_runs_and_without_a_network(sandbox: kvmpy.Sandbox) -> None:
+    program = "import socket; s = socket.create_server(('127.0.0.1', 80)); print('up', flush=True); c = s.accept()[0]; "
+    program += "c.sendall(c.makefile('rb').read()[::-1])"
+    # the interpreter itself: that of an environment may have its libraries below /tmp, which guests have of their own
+    with sandbox.popen(os.path.realpath(sys.executable), "-I", "-S", "-c", program, stdout=PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        port = sandbox.publish("127.0.0.1:0:80")
+        with socket.create_connection(("127.0.0.1", port), LIMIT) as stream:
+            stream.sendall(b"abc" * 10_000)
+            stream.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: stream.recv(1 << 16), b""))
+
+    assert answer == b"cba" * 10_000
 
 
 def test_several_at_once_with_much_data(sandbox: kvmpy.Sandbox) -> None:
@@ -140,12 +175,16 @@ def test_pause(sandbox: kvmpy.Sandbox) -> None:
     process = sandbox.popen("sh", "-c", "while :; do :; done")
     sandbox.pause()
     used = sandbox.metrics()["cpu_seconds"]
-    time.sleep(0.5)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(sandbox.run, "echo", "awake")
+        with pytest.raises(kvmpy.TimedOut):
+            sandbox.run("true", timeout=0.5)
 
-    assert sandbox.metrics()["cpu_seconds"] - used < 0.1
-    sandbox.resume()
-    process.close()
-    assert sandbox.run("true", timeout=LIMIT).returncode == 0
+        assert sandbox.metrics()["cpu_seconds"] - used < 0.1
+        assert not waiting.done()
+        sandbox.resume()
+        process.close()
+        assert waiting.result(LIMIT).stdout == b"awake\n"
 
 
 def held(after: float = 0) -> tuple[int, int]:
@@ -171,21 +210,6 @@ def test_the_kernel_is_silent(sandbox: kvmpy.Sandbox) -> None:
     assert sandbox.logs() == ""
     assert 0 < metrics["memory_used"] <= metrics["memory"]
     assert 0 < metrics["ready_seconds"] < metrics["seconds"]
-
-
-def test_a_guest_that_is_lost_in_the_middle_of_a_command(cloud: Path) -> None:
-    with kvmpy.Sandbox(kernel=cloud, root="none") as sandbox:
-        waiting = sandbox.popen("sleep", "1000")
-        with pytest.raises(kvmpy.GuestLost, match=r"guest kernel panicked \(sysrq triggered crash\)") as caught:
-            sandbox.run("sh", "-c", "echo c >/proc/sysrq-trigger")
-        with pytest.raises(kvmpy.GuestLost, match="panicked"):
-            waiting.wait(LIMIT)
-        with pytest.raises(kvmpy.GuestLost, match="panicked"):
-            sandbox.run("true")
-
-    assert caught.value.stop is not None and caught.value.stop.reason is kvmpy.Reason.PANIC
-    assert "sysrq triggered crash" in caught.value.report
-    assert "Kernel panic" in sandbox.logs()
 
 
 def test_a_volume_that_is_not_there(cloud: Path, tmp_path: Path) -> None:
@@ -277,20 +301,94 @@ def test_readme_in_python(cloud: Path, shared: Path, monkeypatch: pytest.MonkeyP
     assert "was killed after 0.5 s" in done.stdout
 
 
-def test_pytest_plugin(cloud: Path, tmp_path: Path) -> None:
-    (tmp_path / "test_demo.py").write_text(
-        "def test_passes(kvm_sandbox):\n"
-        "    assert kvm_sandbox.run('uname').stdout == b'Linux\\n'\n"
-        "    kvm_sandbox.run('sh', '-c', 'echo note >/dev/console; exit 3', check=True)\n"
-    )
+# Run by pytest in the test below, which reads its report.
+LOST = """
+import kvmpy, pytest
+
+def test_passes(kvm_sandbox):
+    assert kvm_sandbox.run("uname").stdout == b"Linux\\n"
+    waiting = kvm_sandbox.popen("sleep", "1000")
+    with pytest.raises(kvmpy.GuestLost, match=r"guest kernel panicked \\(sysrq triggered crash\\)") as caught:
+        kvm_sandbox.run("sh", "-c", "echo note >/dev/console; echo c >/proc/sysrq-trigger")
+    with pytest.raises(kvmpy.GuestLost, match="panicked"):
+        waiting.wait(60)
+    assert (caught.value.stop.reason, caught.value.status) == (kvmpy.Reason.PANIC, 255)
+    assert "sysrq triggered crash" in caught.value.report
+    assert "Kernel panic" in kvm_sandbox.logs()
+    kvm_sandbox.run("true")
+"""
+
+
+def test_pytest_plugin_and_a_guest_that_is_lost(cloud: Path, tmp_path: Path) -> None:
+    (tmp_path / "test_demo.py").write_text(LOST)
     words = ["-p", "no:kvmpy", "-p", "kvmpy.pytest_plugin", "-p", "no:cacheprovider", "-c", "/dev/null"]
 
     command = [sys.executable, "-m", "pytest", *words, "--kvm-kernel", str(cloud), "--rootdir", tmp_path, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    report = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT).stdout
 
-    assert "CommandFailed" in done.stdout
-    assert re.search(
-        r"kvmpy: state of machine -+\nkvmpy: stopped by the user \(it runs; the test has failed\)", done.stdout
-    )
-    assert "last exits, the latest first" in done.stdout
-    assert re.search(r"kvmpy: console of machine -+\nnote\n", done.stdout)
+    assert "GuestLost: the guest is lost: guest kernel panicked (sysrq triggered crash)" in report
+    assert re.search(r"kvmpy: state of machine -+\nkvmpy: guest kernel panicked \(sysrq triggered crash\)", report)
+    assert "last exits, the latest first" in report
+    assert re.search(r"kvmpy: oops of machine -+\n.*Kernel panic - not syncing: sysrq triggered crash\n", report)
+    assert re.search(r"kvmpy: console of machine -+\nnote\n", report)
+
+
+def test_a_pool_hands_out_no_dead_machine(cloud: Path) -> None:
+    with kvmpy.SandboxPool(size=1, kernel=cloud, root="none", mem="128M") as pool:
+        wait_until(lambda: len(pool) == 1, "a machine that is ready")
+        (dead,) = pool._ready
+        assert isinstance(dead, kvmpy.Sandbox)
+        dead.machine.stop(kvmpy.Stop(kvmpy.Reason.QUIT))
+
+        with pool.take(LIMIT) as sandbox:
+            assert sandbox is not dead
+            assert sandbox.run("uname", timeout=LIMIT).stdout == b"Linux\n"
+
+
+# Run by a process that is killed at the end.
+OWNER = """
+import asyncio, sys, kvmpy
+
+async def main():
+    sandbox = await kvmpy.AsyncSandbox(kernel=sys.argv[1], root="none", network="user").start()
+    many = await asyncio.gather(*(sandbox.run("sh", "-c", f"sleep 0.2; echo {n}") for n in range(5)))
+    assert [done.stdout for done in many] == [b"%d\\n" % n for n in range(5)]
+    try:
+        await asyncio.wait_for(sandbox.run("sh", "-c", "setsid sleep 1001 & sleep 1002"), 2)
+    except TimeoutError:
+        pass
+    try:
+        await sandbox.run("sleep", "1003", timeout=0.5)
+    except kvmpy.TimedOut:
+        pass
+    while b"sleep 100" in (await sandbox.run("ps", timeout=60)).stdout:
+        await asyncio.sleep(0.1)
+    assert await sandbox.files.read("/etc/hosts")
+    await sandbox.pause()
+    await sandbox.resume()
+    print("ready", sandbox.publish("127.0.0.1:0:80"), flush=True)
+    await sandbox.run("sleep", "1000")
+
+asyncio.run(main())
+"""
+
+
+def test_asyncio_and_the_death_of_the_owner(start: Start, cloud: Path, pingable: str) -> None:
+    command = start(sys.executable, "-c", OWNER, cloud)
+    command.expect("ready ")
+    helpers = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent_of(pid) == command.pid]
+    os.kill(command.pid, signal.SIGKILL)
+    command.wait(LIMIT)
+
+    assert len(helpers) == 1  # passt
+    wait_until(lambda: parent_of(helpers[0]) == 0, "the end of passt")
+    assert command.stderr == ""
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 when there is no such process any more."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 0 if state in "ZX" else int(parent)

@@ -14,6 +14,7 @@ from agents import LIMIT, NativeAgent, build, has_ended, running
 
 import kvmpy
 from kvmpy import aio
+from kvmpy.guest import changes
 from kvmpy.sandbox import Sandbox
 
 
@@ -110,3 +111,20 @@ def test_files(tmp_path: Path) -> None:
                 sandbox.files.nonsense  # noqa: B018
 
     play(scene())
+
+
+def test_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("UPPER", "LOWER"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(changes, name, str(tmp_path / name))
+    (tmp_path / "UPPER/new").write_text("x")
+
+    async def scene() -> None:
+        async with kvmpy.AsyncSandbox() as sandbox:
+            await sandbox.prepare()
+            assert list(map(str, await sandbox.diff())) == ["A /new"]
+            assert await sandbox.keep(tmp_path / "kept") == []
+            assert sandbox.image is None
+
+    play(scene())
+    assert (tmp_path / "kept/new").read_text() == "x"

@@ -25,12 +25,13 @@ from images import (
     pvh_note,
     with_size,
 )
+from scale import examples
 
 from kvmpy.boot import image, loader
 from kvmpy.boot.spec import EntryPoint
 from kvmpy.core.errors import ConfigError, ImageError
 
-MANY = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # Images whose every byte counts, and the sizes of their headers.
 IMAGES = {

@@ -107,6 +107,20 @@ def test_lz4_block_that_is_empty() -> None:
         unpack(b"\x02\x21\x4c\x18" + struct.pack("<IB", 1, 0) * 3)
 
 
+def test_lz4_blocks_without_end_that_make_nothing() -> None:
+    block = lz4.block.compress(b"x", store_size=False)
+    with pytest.raises(ImageError, match="has blocks that are too small"):
+        unpack(b"\x02\x21\x4c\x18" + (struct.pack("<I", len(block)) + block) * 1000)
+
+
+def test_lz4_blocks_keep_their_order() -> None:
+    parts = [bytes([number]) * (8 << 20) for number in range(9)] + [b"end"]
+    blocks = [lz4.block.compress(part, store_size=False) for part in parts]
+    data = b"\x02\x21\x4c\x18" + b"".join(struct.pack("<I", len(block)) + block for block in blocks)
+
+    assert unpack(data) == b"".join(parts)
+
+
 def test_zstd_with_a_huge_window() -> None:
     window = bytes([0x00, 21 << 3])  # 2 GiB (RFC 8878, 3.1.1.1.2)
     block = (4 << 3 | 1).to_bytes(3, "little") + b"data"
@@ -155,7 +169,7 @@ def test_lzop_file() -> None:
 
 
 def test_lzop_cut_off_everywhere() -> None:
-    for length in range(len(lzo.MAGIC), len(LZOP)):
+    for length in range(len(payload.LZO_MAGIC), len(LZOP)):
         with pytest.raises(ValueError, match=r"ends early|is damaged|wrong checksum"):
             lzo.decompress(memoryview(LZOP[:length]), 1 << 20)
 

@@ -122,7 +122,7 @@ def test_bad_option(capsys: pytest.CaptureFixture[str], sector: Path, words: lis
 
 
 def test_unknown_command() -> None:
-    assert_refused(kvmpy("bot"), 125, 'no command "bot"; use one of run, shell, boot, config, doctor, inspect, initrd')
+    assert_refused(kvmpy("bot"), 125, f'no command "bot"; use one of {", ".join(cli.VERBS)}')
 
 
 @pytest.mark.parametrize("verb", ["boot", "doctor", "inspect", "initrd"])

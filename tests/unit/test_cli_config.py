@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
 import pytest
 
 from kvmpy import catalogue
-from kvmpy.cli import config, settings
+from kvmpy.cli import config, options, settings
 from kvmpy.config import Volume
 from kvmpy.core.errors import ConfigError, KvmpyError, NotFoundError
 from kvmpy.core.record import replace
@@ -56,9 +55,9 @@ DEVICES = (
 
 
 def told(*words: str | Path) -> settings.Told:
-    parser = argparse.ArgumentParser()
-    settings.add_arguments(parser)
-    return settings.of(parser.parse_args(list(map(str, words))))
+    args = options.read(list(map(str, words)), settings.OPTIONS)
+    assert args is not None
+    return settings.of(args)
 
 
 @pytest.fixture
@@ -72,14 +71,14 @@ def test_all_that_a_file_can_say(file: Path) -> None:
     said = told("--config", file)
     machine = settings.machine_config(said)
 
-    assert machine.kernel == Path("bzImage")
-    assert machine.initrd == (Path("one.img"), Path("two.img"))
+    assert machine.kernel == "bzImage"
+    assert machine.initrd == ("one.img", "two.img")
     assert (machine.mem, machine.cpus, machine.boot) == (1 << 30, 2, "pvh")
     assert machine.append == ("root=/dev/vda rw", "quiet")
-    assert (machine.modules, machine.modules_dir) == (("ext4", "fuse"), Path("/lib/modules/6.1"))
+    assert (machine.modules, machine.modules_dir) == (("ext4", "fuse"), "/lib/modules/6.1")
     assert (machine.console, machine.transport) == ("virtio", "pci")
     assert machine.devices == DEVICES
-    assert machine.volumes == (Volume(Path("src"), "/mnt/src", ro=True), Volume(Path("/a:b"), "/out"))
+    assert machine.volumes == (Volume("src", "/mnt/src", ro=True), Volume("/a:b", "/out"))
     assert (said["serial"], said["timeout"]) == ("file=out.txt", "10")
     assert set(said) == set(settings.KEYS) - {"cmdline", "exec"}  # with those there is no root, or no initrd
 
@@ -103,17 +102,17 @@ def test_options_replace_or_add(file: Path) -> None:
     )
     machine = settings.machine_config(said)
 
-    assert (machine.mem, machine.cpus, machine.initrd) == (64 << 20, 2, (Path("mine"),))
+    assert (machine.mem, machine.cpus, machine.initrd) == (64 << 20, 2, ("mine",))
     assert machine.append == ("root=/dev/vda rw", "quiet", "debug")
     assert machine.devices == (*DEVICES[:3], "virtio-blk,path=x", *DEVICES[3:], "virtio-rng")
     assert [volume.guest for volume in machine.volumes] == ["/mnt/src", "/out", "/v"]
 
 
 def test_what_is_printed_says_the_same(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    config.add_arguments(parser)
+    args = options.read(["--config", str(file), "--cpus", "3"], config.OPTIONS)
+    assert args is not None
 
-    status = config.run(parser.parse_args(["--config", str(file), "--cpus", "3"]))
+    status = config.run(args)
     printed = capsys.readouterr().out
     (tmp_path / "printed.yaml").write_text(printed)
     before, after = told("--config", file, "--cpus", "3"), told("--config", tmp_path / "printed.yaml")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 
-from kvmpy.cli import settings
+from kvmpy.cli import options, settings
 
 
 def told(words: str) -> settings.Told:
-    parser = argparse.ArgumentParser()
-    settings.add_arguments(parser)
-    return settings.of(parser.parse_args(words.split()))
+    args = options.read(words.split(), settings.OPTIONS)
+    assert args is not None
+    return settings.of(args)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from racing import at_moment
+from scale import examples
 from shares import Client
 
 from kvmpy.core.errors import ConfigError, NotFoundError
@@ -559,6 +561,58 @@ def test_caches(mount: Mount, folder: Path) -> None:
     assert (none.node, none.valid) == (0, 86400)
 
 
+def test_what_was_read_is_kept_until_the_file_changes(client: Client, folder: Path) -> None:
+    path = folder / "f"
+    path.write_text("text")
+    os.utime(path, (1, 1))
+    node = client.walk("f")
+
+    def kept() -> int:
+        return client.open_out(node)[1]
+
+    assert (kept(), kept()) == (0, 0)  # it has changed just now, and may once more with the same time
+    settle(path)
+    assert (kept(), kept(), kept()) == (0, FOPEN.KEEP_CACHE, FOPEN.KEEP_CACHE)
+    path.write_text("news")
+    assert (kept(), kept()) == (0, 0)
+
+
+def settle(path: Path) -> None:
+    """Wait until a change of the file has become an old one."""
+    deadline = time.monotonic() + 10
+    while time.time_ns() - path.stat().st_ctime_ns <= fuse_folder.SETTLED:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_links_and_missing_names_of_a_folder_that_is_read_only(mount: Mount, folder: Path) -> None:
+    link = folder / "link"
+    link.symlink_to("old")
+    client = mount(read_only=True)
+    before = client.lookup(b"link").node
+    same = client.lookup(b"link").node
+    number = link.lstat().st_ino
+    link.unlink()
+    link.symlink_to("new")
+    after = client.lookup(b"link")
+
+    assert client.init()[3] & INIT_F.CACHE_SYMLINKS
+    assert same == before
+    assert after.node != before, f"inode {number}, then {link.lstat().st_ino}"
+    client.lookup(b"link")
+    none = client.lookup(b"none")
+    assert (none.node, none.valid) == (0, 1)
+
+
+def test_a_folder_without_extended_attributes(mount: Mount, folder: Path) -> None:
+    (folder / "f").write_text("text")
+    os.setxattr(folder / "f", "user.a", b"x")
+    client = mount(xattrs=False)
+
+    refused(errno.ENOSYS, client.getxattr, client.walk("f"), b"user.a")
+    refused(errno.ENOSYS, client.listxattr, client.walk("f"))
+
+
 # What a guest must not be able to do.
 
 
@@ -919,7 +973,7 @@ ARGUMENTS = st.one_of(
 REQUESTS = st.lists(st.tuples(st.sampled_from([*Op]), SMALL, ARGUMENTS, st.integers(0, 600)), max_size=30)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(REQUESTS)
 def test_nothing_that_a_guest_sends_is_more_than_an_error(
     tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[Op, int, bytes, int]]

@@ -18,11 +18,20 @@ from subprocess import DEVNULL, PIPE, STDOUT
 import pytest
 from agents import LIMIT, NativeAgent, build, has_ended, running
 
-from kvmpy.core.errors import AgentError, CommandError, CommandFailed, ConfigError, GuestLost, KvmpyError, TimedOut
+from kvmpy.core.errors import (
+    AgentError,
+    CommandError,
+    CommandFailed,
+    ConfigError,
+    GuestLost,
+    KvmpyError,
+    TimedOut,
+    TooLarge,
+)
 from kvmpy.guest import protocol
 from kvmpy.guest.client import Agent
 from kvmpy.guest.process import Process
-from kvmpy.guest.protocol import HELLO, WINDOW, Kind, Number, frame
+from kvmpy.guest.protocol import HELLO, WINDOW, Exit, Kind, Number, frame
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
@@ -170,6 +179,169 @@ def test_a_timeout_kills_all_of_it_and_keeps_the_output(agent: NativeAgent) -> N
     assert time.monotonic() - begin < 5
     assert (caught.value.stderr, caught.value.status) == (b"err\n", 124)
     assert has_ended(int(caught.value.stdout))
+
+
+ESCAPES = "setsid sleep 60 & (setsid sh -c 'sleep 60 & echo $! >>pids; sleep 60' &); echo $! >>pids; sleep 60"
+
+
+def escaped(folder: Path) -> list[int]:
+    """What a command that has run ESCAPES there has left outside its session."""
+    deadline = time.monotonic() + LIMIT
+    pids: list[int] = []
+    while len(pids) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        with suppress(FileNotFoundError):
+            pids = [int(word) for word in (folder / "pids").read_text().split()]
+    return pids
+
+
+def test_a_timeout_kills_what_has_left_the_session_too(agent: NativeAgent, tmp_path: Path) -> None:
+    with pytest.raises(TimedOut):
+        agent.run(["sh", "-c", ESCAPES], cwd=str(tmp_path), timeout=0.5)
+
+    pids = escaped(tmp_path)
+    assert len(pids) == 2
+    assert all(has_ended(pid) for pid in pids)
+
+
+def test_a_lost_connection_kills_what_has_left_the_session_too(agent: NativeAgent, tmp_path: Path) -> None:
+    process = agent.popen(["sh", "-c", ESCAPES], cwd=str(tmp_path))
+    pids = escaped(tmp_path)
+    process.close()
+
+    assert len(pids) == 2
+    assert all(has_ended(pid) for pid in (process.pid, *pids))
+
+
+def test_what_a_command_leaves_is_killed_or_goes_on(agent: NativeAgent) -> None:
+    """Nobody is killed who was not asked for."""
+    with agent.popen(["sh", "-c", "setsid sleep 60 >&- & echo $!"], stdout=PIPE) as process:
+        assert process.stdout
+        left = int(process.stdout.read())
+        assert process.wait(LIMIT) == 0
+    os.kill(left, signal.SIGKILL)  # it has been there
+
+    with agent.popen(["sh", "-c", "setsid sleep 60 & echo $!; exit 3"], stdout=PIPE) as process:
+        assert process.stdout
+        left = int(process.stdout.readline())
+        assert process.wait(LIMIT) == 3
+        process.kill_all()
+        assert process.stdout.read() == b""  # nobody has it open any more
+        assert has_ended(left)
+
+
+def test_orphans_are_reaped_while_the_command_runs(agent: NativeAgent) -> None:
+    script = "for i in 1 2 3; do (true &); done; sleep 0.2; cat /proc/$PPID/task/$PPID/children; echo; echo $$"
+
+    children, command = agent.run(["sh", "-c", script]).stdout.decode().splitlines()
+
+    assert children.split() == [command]
+
+
+def test_output_has_a_limit(agent: NativeAgent, tmp_path: Path) -> None:
+    script = "echo $$ >pid; head -c 100000 /dev/zero; sleep 60"
+    zeros = agent.run(["head", "-c", "1000", "/dev/zero"], limit=1000)
+    with pytest.raises(TooLarge, match="more than 1000 bytes; give it a larger limit") as caught:
+        agent.run(["sh", "-c", script], limit=1000, cwd=str(tmp_path))
+
+    assert zeros.stdout == bytes(1000)
+    assert caught.value.stdout == bytes(1000)
+    assert has_ended(int((tmp_path / "pid").read_text()))
+
+
+def test_communicate_goes_on_after_a_limit(agent: NativeAgent) -> None:
+    with agent.popen(["head", "-c", "1000000", "/dev/zero"], stdout=PIPE) as process:
+        with pytest.raises(TooLarge):
+            process.communicate(limit=300_000)
+        assert process.communicate(timeout=LIMIT) == (bytes(1_000_000), b"")
+
+
+def test_a_guest_that_never_stops_talking_keeps_nobody_beyond_the_timeout() -> None:
+    """Frames without end, none of which is what is waited for."""
+    ours, theirs = socket.socketpair()
+    more = frame(Kind.WINDOW, bytes(Number(1))) * 1000
+
+    def talk() -> None:
+        with suppress(OSError):
+            theirs.sendall(frame(Kind.HELLO, HELLO) + frame(Kind.STARTED, bytes(Number(7))))
+            while True:
+                theirs.sendall(more)
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    with Process(lambda: ours, ["x"], stdin=PIPE) as process, pytest.raises(TimedOut):
+        process.wait(0.2)
+    theirs.close()
+    talker.join(LIMIT)
+
+
+@pytest.mark.parametrize(("status", "number"), [(256, 0), (0xFFFFFFFF, 0), (0, 200), (0, 0xFFFFFFFF)])
+def test_an_end_that_makes_no_sense(status: int, number: int) -> None:
+    ours, theirs = socket.socketpair()
+    end = frame(Kind.EXIT, bytes(Exit(status, number, 0, 0, 0, 0, 0, 0)))
+    theirs.sendall(frame(Kind.HELLO, HELLO) + frame(Kind.STARTED, bytes(Number(7))) + end)
+
+    with theirs, Process(lambda: ours, ["x"]) as process, pytest.raises(GuestLost, match="sent an end with status"):
+        process.wait(LIMIT)
+
+
+def usage(pid: int) -> tuple[int, int, int]:
+    """Of a process: how many descriptors and children it has, and KiB of memory."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (rss,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")]
+    offspring = [tasks.read_text() for tasks in Path(f"/proc/{pid}/task").glob("*/children")]
+    return len(os.listdir(f"/proc/{pid}/fd")), len(" ".join(offspring).split()), rss
+
+
+@pytest.mark.parametrize("count", [int(os.environ.get("KVMPY_TEST_COMMANDS", "500"))])
+def test_nothing_is_left_of_many_short_commands(agent: NativeAgent, count: int) -> None:
+    for _ in range(20):
+        agent.run(["true"])
+    assert has_no_children(agent)
+    before = usage(os.getpid()), usage(agent.process.pid), threading.active_count()
+
+    for _ in range(count):
+        assert agent.run(["true"]).returncode == 0
+
+    assert has_no_children(agent)
+    (fds, children, rss), of_agent, threads = usage(os.getpid()), usage(agent.process.pid), threading.active_count()
+    assert (fds, children, threads) == (before[0][0], before[0][1], before[2])
+    assert of_agent[:2] == before[1][:2]
+    assert rss - before[0][2] < 4096 and of_agent[2] - before[1][2] < 64
+
+
+# Ports.
+
+
+def test_a_port_of_the_guest(agent: NativeAgent) -> None:
+    data = os.urandom(3_000_000)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = agent.dial(server.getsockname()[1], LIMIT)
+        far, _ = server.accept()
+    with near, far:
+        far.settimeout(LIMIT)
+        near.settimeout(LIMIT)
+        sender = threading.Thread(target=lambda: (near.sendall(data), near.shutdown(socket.SHUT_WR)))
+        sender.start()
+        received = b"".join(iter(lambda: far.recv(1 << 20), b""))
+        sender.join(LIMIT)
+        far.sendall(b"answer")
+        far.close()
+        answer = b"".join(iter(lambda: near.recv(100), b""))
+
+    assert received == data
+    assert answer == b"answer"
+    assert has_no_children(agent)
+
+
+def test_a_port_at_which_nobody_listens(agent: NativeAgent) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    for number, why in ((port, "Connection refused"), (0, "Invalid argument"), (70000, "Invalid argument")):
+        with pytest.raises(AgentError, match=f"port {number} of the guest: {why}") as caught:
+            agent.dial(number, LIMIT)
+        assert caught.value.stage == "port"
 
 
 def test_communicate_goes_on_after_a_timeout(agent: NativeAgent) -> None:

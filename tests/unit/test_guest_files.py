@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 from agents import NativeAgent, build, running
 
-from kvmpy.core.errors import ConfigError, GuestError, GuestFileError, GuestLost, HostError, NotFoundError, TimedOut
+from kvmpy.core.errors import (
+    ConfigError,
+    GuestError,
+    GuestFileError,
+    GuestLost,
+    HostError,
+    NotFoundError,
+    TimedOut,
+    TooLarge,
+)
 from kvmpy.guest import protocol
 from kvmpy.guest.files import Files
 from kvmpy.guest.protocol import HELLO, UNCHANGED, Entry, FileRequest, How, Kind, frame
@@ -380,6 +389,38 @@ def test_links_that_lead_out_of_a_tree(tmp_path: Path, target: bytes) -> None:
     assert os.listdir(tmp_path / "tree") == []
 
 
+def test_links_that_lead_out_of_a_tree_together(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("secret")
+    sent = tree((DIR, b"d", b""), (LNK, b"d/up", b".."), (LNK, b"d/out", b"up/../outside"))
+
+    with pytest.raises(GuestError, match="leads out"):
+        speaking(sent + END).get("/x", tmp_path / "tree")
+
+    assert os.listdir(tmp_path / "tree/d") == ["up"]
+
+
+def test_hostile_77_links_that_lead_out_by_way_of_others(tmp_path: Path) -> None:
+    """Each is inside by its text; together they are two folders above the tree."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    links = (LNK, b"p/q/up", b"../.."), (LNK, b"p/q/x", b"up/../../../secret")
+    sent = tree((DIR, b"p", b""), (DIR, b"p/q", b""), *links)
+
+    with pytest.raises(GuestError, match="leads out"):
+        speaking(sent + END).get("/x", tmp_path / "a/b/tree")
+
+    assert not (tmp_path / "a/b/tree/p/q/x").exists()
+
+
+def test_links_that_stay_inside_are_kept(tmp_path: Path) -> None:
+    links = {b"p/q/up": b"../..", b"p/q/here": b".", b"p/file": b"q/..data", b"p/q/next": b"../r/s"}
+    sent = tree((DIR, b"p", b""), (DIR, b"p/q", b""), *[(LNK, name, target) for name, target in links.items()])
+
+    speaking(sent + END).get("/x", tmp_path / "tree")
+
+    assert {name: os.fsencode((tmp_path / "tree" / os.fsdecode(name)).readlink()) for name in links} == links
+
+
 def test_a_tree_that_writes_through_its_own_link(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "tree").mkdir()
@@ -439,6 +480,58 @@ def test_answers_that_make_no_sense(frames: bytes) -> None:
 def test_more_than_was_asked_for() -> None:
     with pytest.raises(GuestLost, match="more than"):
         speaking(frame(Kind.DATA, b"x" * 100) + END).read("/x", size=10)
+
+
+def test_a_file_that_is_larger_than_the_limit(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(5000))
+
+    assert files.read(tmp_path / "file", limit=5000) == bytes(5000)
+    assert files.read(tmp_path / "file", size=100, limit=10) == bytes(100)  # who says how much wants that
+    with pytest.raises(TooLarge, match="in the guest has more than 4999 bytes; give a larger limit"):
+        files.read(tmp_path / "file", limit=4999)
+    with pytest.raises(TooLarge):
+        files.read("/dev/zero", limit=1000)
+
+
+def test_a_folder_that_is_larger_than_the_limit(files: Files, tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / str(number)).touch()
+
+    assert len(files.list(tmp_path)) == 20
+    with pytest.raises(TooLarge, match="more than 18 entries"):
+        files.list(tmp_path, limit=10_000)
+
+
+def test_an_endless_folder() -> None:
+    """Entries cost more here than they have bytes."""
+    entry = frame(Kind.ENTRY, bytes(Entry(REG, 0, 0, 1, 0, 0)) + protocol.strings(b"x", b""))
+
+    with pytest.raises(TooLarge):
+        speaking(entry * 1000).list("/x", limit=100_000)
+
+
+@pytest.mark.parametrize("name", [b"x" * 5000, b"x" * 60_000])
+def test_names_that_are_none(name: bytes) -> None:
+    entry = frame(Kind.ENTRY, bytes(Entry(REG, 0, 0, 1, 0, 0)) + protocol.strings(name, b""))
+
+    with pytest.raises(GuestLost, match="malformed ENTRY"):
+        speaking(entry + END).list("/x")
+
+
+def test_a_tree_that_is_larger_than_the_limit(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_bytes(bytes(100_000))
+
+    files.get(tmp_path / "tree", tmp_path / "whole", limit=110_000)
+    with pytest.raises(TooLarge, match="more than 100000 bytes"):
+        files.get(tmp_path / "tree", tmp_path / "cut", limit=100_000)
+    with pytest.raises(TooLarge):
+        speaking(tree(*((REG, b"f%d" % number, b"") for number in range(100))) + END).get(
+            "/x", tmp_path / "many", limit=200_000
+        )
+
+    assert (tmp_path / "whole/file").read_bytes() == bytes(100_000)
+    assert len(os.listdir(tmp_path / "many")) < 50
 
 
 # Trees from a host to the agent: it trusts no names either.

@@ -14,6 +14,7 @@ import pytest
 from agents import GUESTS, LIMIT, NativeAgent, build_with_sanitizers, has_ended, running
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scale import examples
 
 from kvmpy.core.errors import GuestError
 from kvmpy.guest import protocol
@@ -48,7 +49,9 @@ def test_the_document_has_the_same_numbers() -> None:
     assert all(f" {number} " in text for number in (protocol.PORT, protocol.WINDOW)) and "65536" in text
 
 
-FRAMES = st.tuples(st.sampled_from(Kind), st.integers(0, 2), st.binary(max_size=300))
+FRAMES = st.tuples(st.sampled_from(Kind), st.integers(0, 2), st.binary(max_size=300)).filter(
+    lambda item: item[0] != Kind.DATA or item[2]
+)
 
 
 @given(st.lists(FRAMES, max_size=8), st.lists(st.integers(0, 3000), max_size=8))
@@ -88,9 +91,10 @@ def test_any_payload_is_understood_or_refused(payload: bytes) -> None:
         struct.pack("<IBBH", 0, 0, 0, 0),
         struct.pack("<IBBH", 0, 255, 0, 0),
         struct.pack("<IBBH", 0, Kind.DATA, 3, 0),
-        struct.pack("<IBBH", 0, Kind.DATA, 1, 1),
+        struct.pack("<IBBH", 0, Kind.END, 1, 1),
+        struct.pack("<IBBH", 0, Kind.DATA, 1, 0),
     ],
-    ids=["length", "huge", "kind-0", "kind-255", "stream", "zero"],
+    ids=["length", "huge", "kind-0", "kind-255", "stream", "zero", "no-data"],
 )
 def test_a_bad_header_is_refused_at_once(header: bytes) -> None:
     with pytest.raises(GuestError, match="bad frame"):
@@ -154,10 +158,29 @@ def test_who_waits_for_the_agents_hello_has_it_before_the_request(hardened: Nati
         assert Parser().feed(connection.recv(100))[0][0] == Kind.ENTRY
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=100))
 def test_any_bytes_to_the_agent(hardened: NativeAgent, data: bytes) -> None:
     converse(hardened, data)
+
+
+@pytest.mark.parametrize("request_frame", [EXEC_TRUE, STAT_ROOT], ids=["exec", "stat"])
+def test_a_conversation_cut_off_at_each_byte(hardened: NativeAgent, request_frame: bytes) -> None:
+    data = GREETING + request_frame
+
+    for length in range(len(data)):
+        assert {kind for kind, _, _ in converse(hardened, data[:length])} <= {Kind.HELLO, Kind.ERROR}
+    assert Kind.ERROR not in {kind for kind, _, _ in converse(hardened, data)}
+
+
+@pytest.mark.parametrize("request_frame", [EXEC_TRUE, STAT_ROOT], ids=["exec", "stat"])
+def test_a_request_with_each_of_its_bytes_changed(hardened: NativeAgent, request_frame: bytes) -> None:
+    """The bytes of its name excepted, by which another program would run."""
+    name = request_frame.find(b"/\0")
+
+    for at in range(name):
+        for value in (0, 1, 0x7F, 0xFF):
+            converse(hardened, GREETING + request_frame[:at] + bytes([value]) + request_frame[at + 1 :])
 
 
 KINDS = st.sampled_from([*(kind.value for kind in Kind if kind is not Kind.EXEC), 0, 99, 255])
@@ -165,7 +188,7 @@ KINDS = st.sampled_from([*(kind.value for kind in Kind if kind is not Kind.EXEC)
 REQUESTS = st.sampled_from([EXEC_TRUE, STAT_ROOT])
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(REQUESTS, st.lists(st.tuples(KINDS, st.integers(0, 3), st.binary(max_size=40)), max_size=6))
 def test_any_frames_to_the_agent(
     hardened: NativeAgent, request_frame: bytes, frames: list[tuple[int, int, bytes]]
@@ -175,7 +198,7 @@ def test_any_frames_to_the_agent(
     converse(hardened, GREETING + request_frame + data)
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(80), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(0, 40),
     st.integers(0, 0xFFFFFFFF),
@@ -229,7 +252,6 @@ def test_what_the_agent_refuses(hardened: NativeAgent, data: bytes, error: tuple
         frame(Kind.WINDOW, b"\xff\xff\xff\xff", 1) * 2,
         frame(Kind.WINDOW, b"\1\0\0\0", 0),
         frame(Kind.RESIZE, bytes(4)),
-        frame(Kind.SIGNAL, bytes(4), 2),
         frame(Kind.SIGNAL, bytes(3)),
         frame(Kind.END),
         struct.pack("<IBBH", 0xFFFFFFFF, Kind.DATA, 0, 0),
@@ -240,7 +262,6 @@ def test_what_the_agent_refuses(hardened: NativeAgent, data: bytes, error: tuple
         "window-overflow",
         "window-of-stdin",
         "resize",
-        "signal-to-2",
         "short-signal",
         "end",
         "length",

@@ -14,7 +14,7 @@ import pytest
 from disks import failing
 
 from kvmpy.core.errors import ConfigError, HostError, ImageError, NotFoundError
-from kvmpy.core.log import log
+from kvmpy.core.log import LEVELS, log
 from kvmpy.host import disk
 from kvmpy.host.disk import Image, open_image, open_raw
 from kvmpy.host.overlay import CLUSTER, Overlay
@@ -174,6 +174,22 @@ def test_raw_image_that_may_be_qcow2(
 
     assert content[:4] == b"QFI\xfb"  # the guest writes it: nothing changes but what is said
     assert "disk.img begins like a qcow2 image, and is used as raw; add format=qcow2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mode", "said"), [({}, 1), ({"read_only": True}, 0), ({"snapshot": True}, 0)])
+def test_unsafe_says_so(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mode: dict[str, Any],
+    said: int,
+) -> None:
+    monkeypatch.setattr(log, "_logger", None)
+    monkeypatch.setattr(log, "threshold", LEVELS["info"])
+
+    open_image(path, **OPTIONS | {"cache": "unsafe"} | mode).close()
+
+    assert capsys.readouterr().err.count("cache=unsafe: the guest's flushes are ignored") == said
 
 
 def test_direct_qcow2(path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,4 +194,27 @@ def test_ends_with_us() -> None:
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     assert poll.poll(1000 * SECONDS)
+    os.close(ended)
+
+
+@needs_passt
+def test_ends_with_us_when_it_has_just_been_started() -> None:
+    """It must not wait for us to look whether it is ready."""
+    code = "from kvmpy.host.passt import Passt; import os, time; kill = lambda self, process, ready: "
+    code += "(print(process.pid, flush=True), time.sleep(0.1), os.kill(os.getpid(), 9)); Passt._await = kill; Passt()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        number = int(parent.stdout.readline())
+    (left,) = Path(tempfile.gettempdir()).glob(f"kvmpy-passt-{parent.pid}-*")  # all that is
+    shutil.rmtree(left)
+    try:
+        ended = os.pidfd_open(number)
+    except ProcessLookupError:
+        return
+
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    if not poll.poll(5000):
+        os.kill(number, signal.SIGKILL)
+        pytest.fail("passt still runs")
     os.close(ended)

@@ -7,7 +7,7 @@ import errno
 import os
 import struct
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -30,6 +30,7 @@ from kvmpy.virtio.console import DEVICE_ADD, DEVICE_READY, PORT_OPEN, PORT_READY
 from kvmpy.virtio.net import BATCH
 from kvmpy.virtio.net import RX as NET_RX
 from kvmpy.virtio.net import TX as NET_TX
+from kvmpy.virtio.queue import NO_INTERRUPT
 from kvmpy.virtio.rng import MAX_REQUEST, Rng
 from kvmpy.virtio.spec import F
 
@@ -248,8 +249,11 @@ def test_hostile_44_both_directions_full(rig: Rig) -> None:
     assert rig.received() == [header() + FRAME]
 
 
-def test_hostile_45_flood_of_tiny_frames_has_a_quota(rig: Rig) -> None:
-    """One turn of the loop takes so many, in each direction, however often it is told to look."""
+def test_hostile_45_flood_of_tiny_frames_has_a_quota(plugged: Callable[..., Rig]) -> None:
+    """A driver that wants to hear of all hears of so many in one turn of the loop, in each direction, however often it
+    tells the device to look."""
+    rig = plugged()
+    rig.start(MERGE & ~F.EVENT_IDX)
     rig.offer(*[100] * 200)
     rig.wire.send(*[FRAME] * 200)
     for _ in range(200):
@@ -262,6 +266,21 @@ def test_hostile_45_flood_of_tiny_frames_has_a_quota(rig: Rig) -> None:
         counts.append((len(rig.received()), len(rig.driver.used(NET_TX))))
 
     assert counts == [(2 * BATCH, BATCH), (200 - 2 * BATCH, 2 * BATCH), (0, 200 - 3 * BATCH)]
+
+
+def test_hostile_45_flood_without_interrupts_has_a_quota(plugged: Callable[..., Rig]) -> None:
+    """A driver that wants to hear of nothing is served for one round of the queue at most, without an interrupt."""
+    rig = plugged()
+    rig.start(MERGE & ~F.EVENT_IDX)
+    rig.board.mem.write(rig.driver.queues[NET_TX].avail, NO_INTERRUPT.to_bytes(2, "little"))
+    for _ in range(250):
+        rig.driver.submit(NET_TX, [PLAIN + FRAME])
+
+    rig.driver.set("QueueNotify", NET_TX)
+    rig.steps.turn()
+
+    assert BATCH <= len(rig.driver.used(NET_TX)) <= 250
+    assert rig.driver.interrupts() == 0
 
 
 def test_hostile_45_kicks_do_not_pile_up(rig: Rig) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from kvmpy import pool
 from kvmpy.core.board import Reason, Stop
-from kvmpy.core.errors import ConfigError, HostError, TimedOut
+from kvmpy.core.errors import ConfigError, GuestLost, HostError, TimedOut
 from kvmpy.pool import SandboxPool
 
 LIMIT = 10.0
@@ -26,6 +26,8 @@ class FakeSandbox:
         self.number = number
         self.running = False
         self.stopped: Stop | None = None
+        self.machine = self
+        self.stops: list[Stop] = []
 
     def start(self) -> FakeSandbox:
         if self.number == 13:
@@ -33,6 +35,9 @@ class FakeSandbox:
         self.running = True
         started.append(self)
         return self
+
+    def stop(self, why: Stop) -> None:
+        self.stops.append(why)
 
     def close(self) -> None:
         self.running = False
@@ -75,6 +80,19 @@ def test_the_dead_are_left_out() -> None:
     assert taken is started[1]
 
 
+def test_the_dead_are_replaced_before_anybody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "LOOK_SECONDS", 0.01)
+    with SandboxPool(size=2) as sandboxes:
+        wait_until(lambda: len(sandboxes) == 2)
+        started[0].stopped = Stop(Reason.PANIC)
+        assert len(sandboxes) == 1
+
+        wait_until(lambda: len(sandboxes) == 2)
+
+    assert len(started) == 3
+    assert not started[0].running
+
+
 def test_an_error_is_told_to_each() -> None:
     with SandboxPool(size=3, number=13) as sandboxes:
         for _ in range(3):
@@ -89,6 +107,26 @@ def test_options_are_checked_at_once() -> None:
         SandboxPool(size=0)
 
 
+def test_who_closes_a_pool_does_not_wait_for_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+
+    def start(self: FakeSandbox) -> FakeSandbox:
+        """Until somebody stops the machine."""
+        begun.set()
+        wait_until(lambda: bool(self.stops))
+        raise GuestLost("the guest did not start")
+
+    monkeypatch.setattr(FakeSandbox, "start", start)
+    sandboxes = SandboxPool(size=1).start()
+    begun.wait(LIMIT)
+
+    begin = time.monotonic()
+    sandboxes.close()
+
+    assert time.monotonic() - begin < LIMIT / 2
+    assert len(sandboxes) == 0
+
+
 def test_a_pool_that_is_closed_or_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr(FakeSandbox, "start", lambda self: gate.wait(LIMIT) and self)
@@ -100,3 +138,15 @@ def test_a_pool_that_is_closed_or_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ConfigError, match="closed"):
         sandboxes.take()
+    with pytest.raises(ConfigError, match="started before"):
+        sandboxes.start()
+
+
+def test_a_mistake_in_the_thread_is_told_to_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(sandbox: FakeSandbox) -> FakeSandbox:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(FakeSandbox, "start", fail)
+
+    with SandboxPool(size=1) as sandboxes, pytest.raises(ZeroDivisionError, match="on purpose"):
+        sandboxes.take(LIMIT)

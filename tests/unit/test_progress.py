@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from kvmpy.core import progress
+
 SCRIPT = """
 import sys, time
 from kvmpy.core import progress
@@ -105,3 +107,21 @@ def test_a_command_of_a_script_without_a_terminal() -> None:
     done = subprocess.run([WRAPPER, "fetching", "echo", "out"], capture_output=True, text=True, timeout=SECONDS)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "")
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "shown"),
+    [
+        (0, 10 << 20, "pulling"),
+        (3 << 20, 0, "pulling, 3 MiB"),
+        (5 << 20, 10 << 20, "pulling [############            ] 5 of 10 MiB"),
+        (11 << 20, 10 << 20, "pulling [########################] 11 of 10 MiB"),
+    ],
+)
+def test_how_much_is_done(done: int, total: int, shown: str) -> None:
+    work = progress.Work("pulling")
+    work.total = total
+
+    work.add(done)
+
+    assert str(work) == shown

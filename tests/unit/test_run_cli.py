@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -12,8 +15,8 @@ from agents import NativeAgent, build, running
 
 import kvmpy
 from kvmpy import cli, machine
-from kvmpy.cli import relay, run
-from kvmpy.core.errors import GuestLost
+from kvmpy.cli import command, relay, run
+from kvmpy.core.errors import GuestLost, HostError
 from kvmpy.virtio import user_net
 
 
@@ -35,7 +38,7 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERE", "x=y")
     monkeypatch.delenv("NOWHERE", raising=False)
 
-    assert run.variables(["A=1", "B=", "HERE", "NOWHERE", "A=2"]) == {"A": "2", "B": "", "HERE": "x=y"}
+    assert command.variables(["A=1", "B=", "HERE", "NOWHERE", "A=2"]) == {"A": "2", "B": "", "HERE": "x=y"}
 
 
 def test_a_command_begins_in_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -46,9 +49,26 @@ def test_a_command_begins_in_the_current_folder(monkeypatch: pytest.MonkeyPatch,
     assert run.working_directory("host") == ""
 
 
+@pytest.mark.parametrize("option", [["--diff"], ["--keep", "x"]])
+def test_changes_of_a_root_without_a_record(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--root", "none", *option, "--", "true"]) == 125
+
+    assert capsys.readouterr().err.startswith(
+        "kvmpy: with --root none there is no record of what was changed; leave out"
+    )
+
+
+def test_a_folder_to_keep_changes_in_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x").touch()
+
+    assert cli.main(["run", "--keep", str(tmp_path), "--", "true"]) == 125
+
+    assert "is not an empty folder; give one that is new or empty" in capsys.readouterr().err
+
+
 def test_root() -> None:
-    assert kvmpy.Sandbox().machine.config.root == Path("/")
-    assert kvmpy.Sandbox(root="tree").machine.config.root == Path("tree")
+    assert kvmpy.Sandbox().machine.config.root == "/"
+    assert kvmpy.Sandbox(root="tree").machine.config.root == "tree"
     assert kvmpy.Sandbox(root="none").machine.config.root is None
 
 
@@ -72,7 +92,8 @@ def test_volumes() -> None:
         (["--timeout", "soon", "true"], 'invalid time limit "soon"'),
         (["--cpus", "0", "true"], 'invalid number of CPUs "0"'),
         (["--mem", "lots", "true"], 'invalid size "lots"'),
-        (["--publish", "80:80", "true"], "ports cannot be published without a network"),
+        (["--publish", "80:80/udp", "true"], "udp port 80 cannot be published without a network card; give network="),
+        (["--publish", "80", "true"], 'cannot publish "80"; use [IP:]HOST:GUEST[/udp]'),
         (["--publish", "what", "--net", "user", "true"], 'cannot publish "what"'),
     ],
 )
@@ -94,6 +115,42 @@ def test_a_sandbox_that_does_not_run() -> None:
     sandbox.close()
 
 
+def test_who_closes_a_sandbox_that_starts_waits_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two must not open and close the same things at once."""
+    sandbox = kvmpy.Sandbox()
+    begun, events = threading.Event(), list[str]()
+
+    def start() -> None:
+        begun.set()
+        deadline = time.monotonic() + 10
+        while not sandbox.machine._stops and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        events.append("start has failed")
+        raise HostError("the machine was stopped")
+
+    close = sandbox.machine.close
+    monkeypatch.setattr(sandbox.machine, "start", start)
+    monkeypatch.setattr(sandbox.machine, "close", lambda: (events.append("close"), close()))
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(sandbox.start)
+        begun.wait(10)
+        sandbox.close()
+        with pytest.raises(HostError):
+            starting.result(10)
+
+    assert events[:2] == ["start has failed", "close"]
+
+
+def test_published_ports() -> None:
+    sandbox = kvmpy.Sandbox(publish=["0:80", "127.0.0.1:0:81"])
+
+    assert sandbox.publish(8000) == 8000
+    assert sandbox.publish("9000:80") == 9000
+    with pytest.raises(kvmpy.ConfigError, match="cannot publish"):
+        sandbox.publish("nonsense")
+
+
 def test_errors_say_where_and_what_to_do() -> None:
     error = kvmpy.CommandError("exec", 2, "command x", "install it", status=127)
 
@@ -112,7 +169,7 @@ def native(agent: NativeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sandboxes without a machine: the agent is a process of this one."""
 
     class NativeSandbox(kvmpy.Sandbox):
-        def start(self) -> Self:
+        def start(self, lock: object = None) -> Self:
             self._agent = agent
             return self
 

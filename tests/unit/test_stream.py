@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvmpy.core.events import EventLoop
+from kvmpy.host.endpoint import File
 from kvmpy.host.stream import Reader, Writer
 
 SECONDS = 30.0
@@ -174,3 +175,15 @@ def test_a_paused_reader_leaves_data_with_the_host(loop: EventLoop) -> None:
     assert got.ended.wait(SECONDS)
     assert got.data == b"text"
     os.close(fd)
+
+
+def test_a_file_gets_no_larger_than_its_limit(loop: EventLoop, tmp_path: Path) -> None:
+    sent: list[int] = []
+    file = File(loop, str(tmp_path / "log"), sent.append, limit=10)
+
+    for data in (b"12345678", b"90rest", b"more"):
+        file.write(data)
+    file.close()
+
+    assert (tmp_path / "log").read_bytes() == b"1234567890"
+    assert sum(sent) == 18  # all of it is off the guest's hands

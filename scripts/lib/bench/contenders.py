@@ -65,11 +65,15 @@ class Contender:
         return False
 
 
+@dataclass(frozen=True)
 class Kvmpy(Contender):
     """This checkout, through its command line."""
 
+    sandbox: str = ""
+
     def command(self, job: Job) -> list[str]:
         words = f"boot {job.image} --boot flat --serial stdio --mem {job.mem}M --cpus {job.cpus}".split()
+        words += ["--sandbox", self.sandbox] if self.sandbox else []
         words += ["--console", "virtio"] if job.console else []
         words += [f"--disk={disk}" for disk in job.disks]
         words += [f"--net=socket={path}" for path in job.nets]
@@ -206,9 +210,11 @@ def build() -> None:
 def make_venv() -> None:
     """An environment that has this checkout as if it were installed: an editable one takes longer to start."""
     venv = BUILD / "venv"
-    if not venv.exists():
+    python = interpreter()
+    if not venv.exists() or (venv / "bin/python").resolve() != python:
         fresh = BUILD / f"venv.{os.getpid()}"
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", fresh], check=True)
+        subprocess.run([python, "-m", "venv", "--without-pip", fresh], check=True)
+        shutil.rmtree(venv, ignore_errors=True)
         fresh.rename(venv)
     packages = next(venv.glob("lib/python*/site-packages"))
     paths = [ROOT, *(path for path in sys.path if path.endswith("site-packages"))]
@@ -218,12 +224,22 @@ def make_venv() -> None:
     script.chmod(0o755)
 
 
-def found(aios: tuple[str, ...] = (), *, real_mode: bool = False) -> Iterator[Contender]:
+def interpreter() -> Path:
+    """The distribution's Python, as QEMU is the distribution's: others are often built without optimisation. It takes
+    one of this version, for which the packages of this checkout are."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    ours = Path("/usr/bin") / name
+    return (ours if ours.exists() else Path(sys.executable)).resolve()
+
+
+def found(aios: tuple[str, ...] = (), *, real_mode: bool = False, unlocked: bool = False) -> Iterator[Contender]:
     """All contenders that this host has; QEMU once for each of `aios`, where the row is about disks; with `real_mode`,
-    those that start guests in real mode."""
+    those that start guests in real mode; with `unlocked`, also kvmpy when it does not lock itself in."""
     yield BareLoop("bare C loop", device=0xD0000000)
     yield Kvmpy("kvmpy", device=0xD0000000, exit_port=0x502)
     yield Kvmpy("kvmpy pure", device=0xD0000000, exit_port=0x502, environment={"KVMPY_PURE": "1"})
+    if unlocked:
+        yield Kvmpy("kvmpy --sandbox off", device=0xD0000000, exit_port=0x502, sandbox="off")
     if binary := shutil.which("qemu-system-x86_64"):
         for aio in aios or ("threads",):
             yield Qemu(f"QEMU {aio}" if aios else "QEMU", device=0xFEB00000, binary=binary, aio=aio)

@@ -6,17 +6,13 @@ nothing, only their ratios.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-from .contenders import BUILD, ROOT, Contender, found
-from .harness import Failed, Figure, Options, Run
+from . import emulated
+from .contenders import BUILD, Contender, found
+from .harness import Options, Run
 
 TIME_LIMIT = 600  # seconds for all boots
 MEM = 512  # MiB
@@ -25,14 +21,11 @@ INIT_SAYS = "init-is-here"
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
     """All boots are done here, in rounds; what a Run gives is one round of them."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kernels = sorted((cache / "kvmpy/kernels/cloud/boot").glob("vmlinuz-*"))
-    if not kernels:
-        raise Failed("no kernel for the row linux: run scripts/fetch-kernel cloud")
+    kernel = emulated.kernel("linux", "cloud")
     kvmpy, initrd = BUILD / "venv/bin/kvmpy", folder / "initrd"
     subprocess.run([kvmpy, "initrd", "-o", initrd, "--exec", f"echo {INIT_SAYS}"], check=True)
     monitors = [monitor for monitor in found() if re.search(options.only, monitor.name)]
-    commands = {monitor.name: monitor.linux(kernels[-1], initrd, MEM) for monitor in monitors}
+    commands = {monitor.name: monitor.linux(kernel, initrd, MEM) for monitor in monitors}
     task = {
         "commands": {name: command for name, command in commands.items() if command},
         "environments": {monitor.name: environment(monitor) for monitor in monitors},
@@ -40,18 +33,8 @@ def runs(options: Options, folder: Path) -> dict[str, Run]:
         "says": INIT_SAYS,
         "first": str(folder / "first"),
     }
-    (folder / "task.json").write_text(json.dumps(task))
-    words = [ROOT / "scripts/linux-host", "--timeout", TIME_LIMIT, "--rw", folder, "--"]
-    words += [sys.executable, Path(__file__).parent / "linux_boots.py", folder]
-    subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
-    results = json.loads((folder / "results.json").read_text())
-    return {name: partial(one_round, iter(rounds)) for name, rounds in results.items()}
+    return emulated.rounds("linux_boots.py", folder, task, TIME_LIMIT)
 
 
 def environment(monitor: Contender) -> dict[str, str]:
     return monitor.environment | {"LD_PRELOAD": str(BUILD / "first_run.so")}
-
-
-def one_round(rounds: Iterator[dict[str, float]]) -> Iterator[Figure]:
-    for case, seconds in next(rounds).items():
-        yield Figure(case, "ms", seconds * 1e3)

@@ -1,0 +1,1 @@
+"""Container images (OCI image specification 1.1, `docker save`) made into disks that a guest can have as its root."""
