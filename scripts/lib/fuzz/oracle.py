@@ -77,7 +77,7 @@ class Done(NamedTuple):
 
 def rings(queues: Sequence[Any]) -> list[Ring]:
     """Those of a device as they are now."""
-    return [Ring(q.size, q.desc, q.avail, q.used, q.ready, q.indirect, *q.positions) for q in queues]
+    return [Ring(q.size, q.desc, q.avail, q.used, q.ready, q.indirect, *q.positions[:2]) for q in queues]
 
 
 def walk(image: Image, ring: Ring, head: int, tables: list[Span]) -> tuple[list[Span], list[Span]] | None:
