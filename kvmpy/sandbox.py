@@ -120,7 +120,7 @@ class Sandbox:
         self._vsock = Vsock(path=None if vsock is None else Path(vsock))
         self._ready = threading.Event()
         self._ended = threading.Event()
-        self._closing = threading.RLock()
+        self._life = threading.RLock()  # while it starts or ends
         self._awake = threading.Event()  # unless the machine is paused
         self._awake.set()
         self._keeper: threading.Thread | None = None
@@ -169,13 +169,14 @@ class Sandbox:
         """Boot, and wait until commands can be run."""
         if self._keeper is not None:
             raise ConfigError("this sandbox was started before", "make another one")
-        try:
-            self.prepare()
-            with progress.working("starting a machine"):
-                self._boot()
-        except BaseException:
-            self.close()
-            raise
+        with self._life:
+            try:
+                self.prepare()
+                with progress.working("starting a machine"):
+                    self._boot()
+            except BaseException:
+                self.close()
+                raise
         self.ready_seconds = time.monotonic() - self.machine.started_at
         return self
 
@@ -185,18 +186,16 @@ class Sandbox:
         return self.stopped
 
     def close(self) -> None:
-        """End the machine and all that runs in it; safe to call twice, and from any thread."""
-        with self._closing:
-            self._close()
-
-    def _close(self) -> None:
+        """End the machine and all that runs in it; safe to call twice, and from any thread: a start that is under way
+        fails."""
         self.machine.stop(Stop(Reason.QUIT))
         self._awake.set()
-        for port in self._ports:
-            port.close()
-        if self._keeper is not None:
-            self._keeper.join()
-        self.machine.close()
+        with self._life:
+            for port in self._ports:
+                port.close()
+            if self._keeper is not None:
+                self._keeper.join()
+            self.machine.close()
 
     # Commands.
 

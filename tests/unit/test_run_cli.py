@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -13,7 +16,7 @@ from agents import NativeAgent, build, running
 import kvmpy
 from kvmpy import cli, machine
 from kvmpy.cli import command, relay, run
-from kvmpy.core.errors import GuestLost
+from kvmpy.core.errors import GuestLost, HostError
 from kvmpy.virtio import user_net
 
 
@@ -110,6 +113,33 @@ def test_a_sandbox_that_does_not_run() -> None:
         sandbox.run("true")
     sandbox.close()
     sandbox.close()
+
+
+def test_who_closes_a_sandbox_that_starts_waits_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two must not open and close the same things at once."""
+    sandbox = kvmpy.Sandbox()
+    begun, events = threading.Event(), list[str]()
+
+    def start() -> None:
+        begun.set()
+        deadline = time.monotonic() + 10
+        while not sandbox.machine._stops and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        events.append("start has failed")
+        raise HostError("the machine was stopped")
+
+    close = sandbox.machine.close
+    monkeypatch.setattr(sandbox.machine, "start", start)
+    monkeypatch.setattr(sandbox.machine, "close", lambda: (events.append("close"), close()))
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(sandbox.start)
+        begun.wait(10)
+        sandbox.close()
+        with pytest.raises(HostError):
+            starting.result(10)
+
+    assert events[:2] == ["start has failed", "close"]
 
 
 def test_published_ports() -> None:
