@@ -7,7 +7,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import TracebackType
 
@@ -44,6 +44,7 @@ from .vcpu import VcpuThread
 from .x86 import acpi, bios, cpuid, lapic, layout, longmode, mptable, msr
 
 JOIN_SECONDS = 1.0  # for a vCPU to come back from a device, and for the host to take the last output
+MAX_CAUSES = 16  # exceptions behind one another
 WATCH_SECONDS = 1.0  # how often a silent machine is looked at
 IDLE_SECONDS = 0.001  # of CPU time in that period: the vCPU did nothing
 MP_STATE_UNINITIALIZED, MP_STATE_HALTED = 1, 3  # KVM_MP_STATE_*
@@ -179,7 +180,7 @@ class Machine:
             for vcpu in self.vcpus:
                 vcpu.join(JOIN_SECONDS)
             self._flush_console(deadline)
-            self.stopped = self._verdict(self._stops[0])
+            self.stopped = self._verdict(self._why())
             self.console.finish(str(self.stopped))
         return self.stopped
 
@@ -193,6 +194,8 @@ class Machine:
         if self.vcpus and self.stopped is None:
             self.stop(Stop(Reason.QUIT))
             self.wait()
+        for stop in self._stops:
+            _let_go(stop.cause)
         self._undo.close()
 
     def _outbox(self) -> Outbox | None:
@@ -421,11 +424,14 @@ class Machine:
         """Let the host take the last output: a slow reader gets all the time it needs after an orderly end, unless
         somebody asks for a stop again; else it gets a moment."""
         asked = len(self._stops)
-        orderly = self._stops[0].reason in ORDERLY
         while not self.console.flush(JOIN_SECONDS):
             late = deadline is not None and time.monotonic() > deadline
-            if not orderly or late or len(self._stops) > asked:
+            if self._why().reason not in ORDERLY or late or len(self._stops) > asked:
                 return
+
+    def _why(self) -> Stop:
+        """The first request for a stop; but an exception of ours is told, whatever else has happened."""
+        return next((stop for stop in self._stops if stop.cause is not None), self._stops[0])
 
     def _verdict(self, stop: Stop) -> Stop:
         """What the request means: a reset right after a panic message is a panic; a power-off right after a status on
@@ -465,6 +471,18 @@ def _require_ring0(kvm: Kvm) -> None:
 
     if not runs_ring0_natively(kvm):
         raise CannotRunKernels()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Have frames that an exception has left forget what they had in hand: with guest memory among it, that could not
+    be unmapped."""
+    for _ in range(MAX_CAUSES):
+        trace = error.__traceback__ if error is not None else None
+        while trace is not None:
+            with suppress(RuntimeError):  # it still runs
+                trace.tb_frame.clear()
+            trace = trace.tb_next
+        error = error and (error.__cause__ or error.__context__)
 
 
 def _find_kernel() -> str:

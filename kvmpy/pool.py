@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .core.board import Reason, Stop
-from .core.errors import ConfigError, KvmpyError, TimedOut
+from .core.errors import ConfigError, TimedOut
 from .sandbox import Sandbox
 
 MAX_SIZE = 1024
@@ -34,7 +34,7 @@ class SandboxPool:
         self.size = size
         self._options = options
         self._change = threading.Condition()
-        self._ready: deque[Sandbox | KvmpyError] = deque()
+        self._ready: deque[Sandbox | Exception] = deque()
         self._closing = False
         self._thread: threading.Thread | None = None
         self._starting: Sandbox | None = None
@@ -76,7 +76,7 @@ class SandboxPool:
                     continue
                 item = self._ready.popleft()
                 self._change.notify_all()
-                if isinstance(item, KvmpyError):
+                if isinstance(item, Exception):
                     raise item
                 if item.stopped is None:
                     return item
@@ -115,16 +115,16 @@ class SandboxPool:
                 if not is_wanted:
                     continue
                 self._starting = sandbox = Sandbox(**self._options)
-            item: Sandbox | KvmpyError
+            item: Sandbox | Exception
             try:
                 item = sandbox.start()
-            except KvmpyError as error:
+            except Exception as error:  # the thread's guard, too: who waits for a sandbox would wait for ever
                 item = error
             with self._change:
                 self._starting = None
-                if self._closing and isinstance(item, KvmpyError):
+                if self._closing and isinstance(item, Exception):
                     return
-                if isinstance(item, KvmpyError):  # for who waits now or comes next; no use to fill the pool with it
+                if isinstance(item, Exception):  # for who waits now or comes next; no use to fill the pool with it
                     self._ready.append(item)
                     self._change.notify_all()
                     self._change.wait_for(lambda: self._closing or not self._ready)

@@ -7,11 +7,11 @@ marshal can carry; the other one wraps them in a Body, which evidence.py takes f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from .core.board import Reason, Stop
 from .core.errors import GuestMemoryError, KvmError
 from .core.record import Record
+from .core.typed import Any
 from .kvm import exits
 from .kvm.handle import Kvm
 from .kvm.state import DescriptorTable, Regs, Segment, Sregs

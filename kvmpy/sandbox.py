@@ -13,14 +13,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from subprocess import PIPE
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from .config import MachineConfig
 from .core import progress
@@ -48,6 +48,14 @@ LOG_LIMIT = 64 << 20  # bytes
 ANY = "0.0.0.0"  # all addresses of this host
 HOST, NONE = "host", "none"
 NETWORKS = (NONE, "user")
+
+
+class Lock(Protocol):
+    """What locks a process in that is nothing but one sandbox, and makes its crash report; as `kvmpy run` does."""
+
+    def lock_down(self, machine: Machine) -> Callable[[str], None]: ...
+
+    def report(self, machine: Machine, stop: Stop) -> tuple[str, str]: ...
 
 
 class Sandbox:
@@ -165,15 +173,15 @@ class Sandbox:
             self.env = dict(found.image.env) | self.env
             self.cwd, self.user = self.cwd or found.image.cwd, self.user or found.image.user
 
-    def start(self) -> Self:
-        """Boot, and wait until commands can be run."""
+    def start(self, lock: Lock | None = None) -> Self:
+        """Boot, and wait until commands can be run. With a `lock`, the process is locked in for good meanwhile."""
         if self._keeper is not None:
             raise ConfigError("this sandbox was started before", "make another one")
         with self._life:
             try:
                 self.prepare()
                 with progress.working("starting a machine"):
-                    self._boot()
+                    self._boot(lock)
             except BaseException:
                 self.close()
                 raise
@@ -311,7 +319,7 @@ class Sandbox:
 
     # Inside.
 
-    def _boot(self) -> None:
+    def _boot(self, lock: Lock | None) -> None:
         machine = self.machine
         machine.add(self._vsock)
         if self._network != NONE:
@@ -321,8 +329,8 @@ class Sandbox:
         else:
             self._open_ports(self._published)
         self._vsock.listen(PORT, self._greeted)
-        machine.start()
-        self._keeper = threading.Thread(target=self._keep, name="kvmpy-keeper", daemon=True)
+        machine.start(None if lock is None else lambda: lock.lock_down(machine))
+        self._keeper = threading.Thread(target=self._keep, args=(lock,), name="kvmpy-keeper", daemon=True)
         self._keeper.start()
         if not self._ready.wait(self._start_timeout):
             raise self._start_failed(f"the guest was not ready within {self._start_timeout:g} s")
@@ -366,17 +374,20 @@ class Sandbox:
         stream.close()
         self._ready.set()
 
-    def _keep(self) -> None:
-        """Wait for the machine's end; then tell those who wait for the guest."""
+    def _keep(self, lock: Lock | None) -> None:
+        """Wait for the machine's end; then tell those who wait for the guest, whatever goes wrong meanwhile."""
         machine = self.machine
-        stop = machine.wait()
-        if stop.reason in REPORTED:
-            from .report import crash_report
-
-            self.report = crash_report(machine, stop)
-            if self._log:
-                with suppress(OSError), open(self._log, "a") as log:
-                    log.write(f"\n{self.report}\n")
+        stop: Stop | None = None
+        try:
+            stop = machine.wait()
+            if stop.reason in REPORTED:
+                self.report = crash_report(machine, stop) if lock is None else lock.report(machine, stop)[0]
+        except BaseException as error:  # the thread's last guard: who waits for the guest would wait for ever
+            stop = stop or Stop(Reason.ERROR, f"{type(error).__name__}: {error}", cause=error)
+            self.report = self.report or f"no report: {type(error).__name__}: {error}"
+        if self.report and self._log:
+            with suppress(OSError), open(self._log, "a") as log:
+                log.write(f"\n{self.report}\n")
         self.stopped = stop
         self._ended.set()
         with self._vsock.lock:
@@ -389,6 +400,12 @@ class Sandbox:
         error.stage, error.stop, error.report = "start", self.stopped, self.report
         error.log = self._log
         return error
+
+
+def crash_report(machine: Machine, stop: Stop) -> str:
+    from . import report  # needed when something is wrong
+
+    return report.crash_report(machine, stop)
 
 
 class _Door:

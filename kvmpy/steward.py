@@ -1,8 +1,9 @@
 """A process beside one that is locked in, for what that one cannot do any more: it writes the crash report, and at the
 end takes away the names of sockets.
 
-It is made before anything is opened, sleeps until it is asked or its master ends, and is asked for one report. What a
-guest has left behind is read by a child of it that has locked itself in.
+A shell waits for the first order: it is made in a tenth of the time of a fork, costs the machine none of its memory,
+and most machines never order anything. Then it becomes a Python. What a guest has left behind is read by a child of
+that one which has locked itself in.
 """
 
 from __future__ import annotations
@@ -10,52 +11,71 @@ from __future__ import annotations
 import marshal
 import os
 import select
-import signal
 import struct
 import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .core.board import Stop
 from .core.errors import HostError
+from .core.typed import TYPE_CHECKING, Any, NoReturn
 from .remains import causes, gather
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .machine import Machine
 
 LENGTH = struct.Struct("<Q")
 LIMIT = 256 << 20  # bytes of a message
 PATIENCE = 30.0  # seconds for a report
 SEPARATOR = "\0"
+SHELL = "/bin/sh"
+# Orders come as lines first: whether there are names, which is said before the guest runs, then that there is something
+# to do. Signals of the terminal are for the master; who sends a line without an end gets no memory for it.
+WAIT = """
+trap '' INT TERM HUP QUIT TSTP USR1
+[ -w /dev/null ] && exec 2>/dev/null
+ulimit -Sv 65536
+read -r names || exit 0
+[ "$names" = names ] || read -r report || exit 0
+ulimit -Sv "$(ulimit -Hv)"
+exec "$@" "$names"
+"""
+BEGIN = "import sys; *sys.path[:], names = sys.argv[1:]; from kvmpy.steward import serve; serve(names)"
 
 
 class Steward:
-    """The master's end. Make it while the process has one thread, and `close` it at the end."""
+    """The master's end; `close` it at the end."""
 
     def __init__(self) -> None:
+        """Raises HostError."""
         orders, self._orders = os.pipe()
         self._answers, answers = os.pipe()
+        python = [sys.executable, "-P", "-c", BEGIN, *sys.path]
+        actions = [(os.POSIX_SPAWN_DUP2, orders, 0), (os.POSIX_SPAWN_DUP2, answers, 1)]
         try:
-            self._pid = os.fork()
+            self._pid = os.posix_spawn(SHELL, [SHELL, "-c", WAIT, SHELL, *python], os.environ, file_actions=actions)
         except OSError as error:
             raise HostError(f"no process can be started: {error.strerror}", "raise the limit (ulimit -u)") from None
-        if self._pid == 0:
-            os.close(self._orders)
-            os.close(self._answers)
-            _serve(orders, answers)
-        os.close(orders)
-        os.close(answers)
+        finally:
+            os.close(orders)
+            os.close(answers)
+        self._called = False  # whether it is a Python by now
 
     def seal(self, names: Iterable[Path]) -> None:
         """Leave these sockets' names to it; afterwards it takes no more orders but for one report."""
         told = [(str(path), status.st_dev, status.st_ino) for path in names if (status := path.lstat())]
-        _send(self._orders, marshal.dumps(told))
+        _write(self._orders, b"names\n" if told else b"none\n")
+        if told:
+            _send(self._orders, marshal.dumps(told))
+        self._called = bool(told)
 
     def report(self, machine: Any, stop: Stop) -> tuple[str, str]:
         """The crash report, and its facts as JSON; empty when the steward has died over them."""
+        if not self._called:
+            _write(self._orders, b"report\n")
         _send(self._orders, _pack(causes(stop.cause)).encode(errors="replace"))
         _send(self._orders, marshal.dumps(gather(machine, stop)))
         answer = _receive(self._answers, time.monotonic() + PATIENCE).decode(errors="replace")
@@ -72,7 +92,11 @@ class Steward:
 
 
 def _send(pipe: int, data: bytes) -> None:
-    rest = memoryview(LENGTH.pack(len(data)) + data)
+    _write(pipe, LENGTH.pack(len(data)) + data)
+
+
+def _write(pipe: int, data: bytes) -> None:
+    rest = memoryview(data)
     with suppress(BrokenPipeError):
         while rest:
             rest = rest[os.write(pipe, rest) :]
@@ -101,14 +125,14 @@ def _exactly(pipe: int, size: int, deadline: float | None) -> bytes:
 # The steward's end.
 
 
-def _serve(orders: int, answers: int) -> NoReturn:
+def serve(said: str) -> NoReturn:
+    """The shell's Python: standard input has the orders, standard output takes the answer; `said` is the first line,
+    which was written before the guest ran."""
+    from pathlib import Path
+
+    orders, answers = 0, 1
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)  # keys at the terminal are for the master
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        names = marshal.loads(told) if (told := _receive(orders)) else []  # from before the guest ran
+        names = marshal.loads(_receive(orders)) if said == "names" else []
         head = _exactly(orders, LENGTH.size, None)
         if head:
             raised = _exactly(orders, min(LENGTH.unpack(head)[0], LIMIT), None)
@@ -140,6 +164,7 @@ def _report(orders: int, answers: int, raised: bytes) -> NoReturn:
 def _written(orders: int, raised: str) -> str:
     """The facts in a line, then the report."""
     import json
+    from typing import cast
 
     import capstone  # noqa: F401 - what evidence loads when it needs it
 
@@ -173,7 +198,7 @@ def _trace(packed: str) -> str:
     """As Python prints exceptions, with lines only of our own source: no other file is read for the master."""
     import linecache
 
-    ours = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    ours = f"{os.path.dirname(__file__)}{os.sep}"  # noqa: PTH120
     lines = []
     for line in packed.split("\n") if packed else []:
         file, number, function = (*line.split(SEPARATOR), "", "")[:3]
@@ -181,6 +206,7 @@ def _trace(packed: str) -> str:
             lines.append(line)
             continue
         lines.append(f'  File "{file}", line {number}, in {function}')
-        if file in ours and number.isdigit() and (source := linecache.getline(file, int(number)).strip()):
+        known = file.startswith(ours) and ".." not in file and number.isdigit()
+        if known and (source := linecache.getline(file, int(number)).strip()):
             lines.append(f"    {source}")
     return "\n".join(lines)

@@ -16,6 +16,9 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, print_b
 settings.load_profile("repeatable")
 
 KVM_LEVEL = Path(__file__).parent / "kvm"
+# Seconds, on a machine that is ten times as slow as an idle one (guests of the linux level have 600 themselves); then
+# the stacks of all threads, and a failure.
+LIMITS = {"tests": 120, "unit": 120, "kvm": 180, "linux": 700}
 
 
 def kvm_missing() -> str:
@@ -29,12 +32,36 @@ def kvm_missing() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in LIMITS and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LIMITS[item.path.parent.name]))
     level = [item for item in items if KVM_LEVEL in item.path.parents]
     missing = kvm_missing() if level else ""
     for item in level:
         item.add_marker(pytest.mark.kvm)
         if missing:
             item.add_marker(pytest.mark.skip(reason=missing))
+
+
+# Several runs can share a level: each file is for the one that comes to it first.
+
+SHARED = os.environ.get("KVMPY_SHARE", "")  # a folder that all of them see; a file's name in it says that it is taken
+OURS: dict[str, bool] = {}  # whether a file of tests is for this run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if not SHARED:
+        return None
+    name = item.path.name
+    if name not in OURS:
+        try:
+            Path(SHARED, name).mkdir()
+            OURS[name] = True
+        except FileExistsError:
+            OURS[name] = False
+            LEVELS_THAT_RAN.add(item.path.parent.name)  # elsewhere
+    return None if OURS[name] else True
 
 
 # A level of which nothing ran, on a machine that is said to be able to run it, is a failure, not a pass.

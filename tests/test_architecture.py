@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -19,3 +20,12 @@ def test_module_map() -> None:
 
     assert [row for row in rows if row not in text] == []
     assert text.count("| `") == len(rows)
+
+
+def test_security_names_what_is_there() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+
+    named = set(re.findall(r"`((?:tests|scripts)/[\w./]+)`", text))
+
+    assert len(named) > 30
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

@@ -56,6 +56,20 @@ OUTPUT_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 def main(argv: list[str]) -> int:
     """Run the verb that `argv` begins with; errors become one line on standard error and their status."""
+    status = 1
+    try:
+        status = _run(argv)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        raise
+    finally:
+        locked = sys.modules.get("kvmpy.cli.locked")
+        if locked is not None and not isinstance(sys.exc_info()[1], Exception):  # those have sys.excepthook
+            locked.leave(status)
+    return status
+
+
+def _run(argv: list[str]) -> int:
     _open_missing_standard_streams()
     try:
         try:

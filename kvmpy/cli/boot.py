@@ -21,13 +21,13 @@ from .options import Option, switch
 if TYPE_CHECKING:
     from .locked import Lock
 
-OFF = "off"  # of --sandbox
+OFF, DEFAULT = "off", "default"  # of --sandbox
 TURN = 0.0002  # seconds
 OPTIONS = (
     *settings.OPTIONS,
     switch("--json", help="print the outcome, console text included, as JSON"),
     switch("-v", "--verbose", help="tell what is done and why; twice: every unmapped access", count=True),
-    Option(("--sandbox",), "how kvmpy locks itself in: strict, default or off (default)", "LEVEL", default=OFF),
+    Option(("--sandbox",), "how kvmpy locks itself in: strict, default (default) or off", "LEVEL", default=DEFAULT),
     switch("-q", "--quiet", help="no crash report"),
 )
 
@@ -42,15 +42,17 @@ def run(args: SimpleNamespace) -> int:
     timeout = parse_seconds(told.get("timeout"))
     config = settings.machine_config(told, terminal_words())
     kind, path = settings.parse_serial(serial)
-    lock = make_lock(args.sandbox, json=args.json)
     foundation = Foundation(config)
+    lock = None
     try:
-        status: int = load_session().run(args, config, kind, path, timeout, lock, foundation)
+        session = load_session()  # meanwhile
+        lock = make_lock(args.sandbox, json=args.json)
+        status: int = session.run(args, config, kind, path, timeout, lock, foundation)
+        return status
     finally:
         foundation.close()
         if lock is not None:
             lock.close()
-    return status if lock is None else lock.leave(status)
 
 
 def load_session() -> ModuleType:
@@ -67,9 +69,9 @@ def make_lock(level: str, *, json: bool) -> Lock | None:
     """What locks the process in, as --sandbox has it; None: nothing."""
     if level == OFF:
         return None
-    from .locked import Lock, check_level
-
-    return Lock(check_level(level), with_json=json)
+    locked = load("locked")
+    lock: Lock = locked.Lock(locked.check_level(level), with_json=json)
+    return lock
 
 
 def terminal_words() -> list[str]:

@@ -157,7 +157,7 @@ class Relay:
         try:
             self._process.wait()
             self._news.put(None)
-        except GuestLost as error:
+        except Exception as error:  # GuestLost, or a mistake of ours: without news, nobody would go on
             self._news.put(error)
 
     def _pass_out(self, stream: BufferedReader, fd: int) -> None:
@@ -168,7 +168,7 @@ class Relay:
                 self._waiting[fd] = time.monotonic()
         except GuestLost:
             pass  # who waits for the end of the command tells
-        except OSError as error:
+        except Exception as error:
             self._news.put(error)
         self._waiting.pop(fd, None)
 
@@ -186,9 +186,12 @@ class Relay:
                     view = memoryview(data)
                     while view:
                         view = view[process.write_input(view) :]
+            process.end_input()
         except (OSError, GuestLost):  # nobody reads it, or the terminal has gone: both are its end
-            pass
-        process.end_input()
+            with suppress(OSError, GuestLost):
+                process.end_input()
+        except Exception as error:
+            self._news.put(error)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import ConfigError, GuestLost
 from ..core.text import printable
 from ..core.units import parse_seconds
+from ..host.tty import stand_by
 from ..kvm.handle import explain_bus_errors
 from ..sandbox import HOST, NONE, Sandbox
-from . import command, relay, tell
+from . import boot, command, relay, tell
 from .outcome import Outcome
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-p", "--publish", metavar="[IP:]HOST:GUEST[/udp]", action="append", default=[], help=publish)
     add("--name", metavar="NAME", help="by which `kvmpy exec`, `cp`, `logs`, `stop`, `wait` and `rm` find the machine")
     command.add_options(parser, workdir="with --root host the current one", user="root")
+    level = "how kvmpy locks itself in before the guest runs: default or off (default)"
+    add("--sandbox", metavar="LEVEL", default=boot.OFF, help=level)
     parser.set_defaults(detach=False, json=None)
 
 
@@ -91,6 +94,8 @@ def _check_changes(args: argparse.Namespace) -> None:
     """Raises ConfigError for a --keep or --diff that cannot be."""
     if args.keep is None and not args.diff:
         return
+    if args.sandbox != boot.OFF:
+        raise ConfigError("what is kept is written at the end, when a locked-in kvmpy cannot", "use --sandbox off")
     if args.root == NONE:
         raise ConfigError("with --root none there is no record of what was changed", "leave out --keep and --diff")
     if args.detach:
@@ -116,8 +121,11 @@ def attended(
     timeout = parse_seconds(args.timeout)
     sandbox, words = make_sandbox(args, words, claim, tty=tty, whole=whole)
     outcome.sandbox = sandbox
+    lock = boot.make_lock(args.sandbox, json=False)
+    if tty and lock is not None:
+        stand_by(0)
     try:
-        with sandbox:
+        with sandbox.start(lock):
             try:
                 with sandbox.popen(*words, **command.streams(tty=tty)) as process:
                     outcome.process = process
@@ -132,6 +140,9 @@ def attended(
         lines = sandbox.logs().splitlines()[-TAIL:]
         tell("\n".join([f"kvmpy: {printable(str(error))}", *(f"| {printable(line)}" for line in lines)]))
         return error.status
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def make_sandbox(

@@ -38,7 +38,11 @@ STATUS = {
 LOST = 255
 END_OF_FILE = b"\x04"  # Ctrl-d
 REPORTED = {Reason.TIMEOUT, Reason.PANIC, Reason.TRIPLE_FAULT, Reason.CRASH, Reason.ERROR}
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS: dict[int, str] = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGINT: "SIGINT",
+    signal.SIGHUP: "SIGHUP",
+}  # with their names
 
 
 def run(
@@ -165,9 +169,7 @@ def _stopper(machine: Machine) -> Any:
     def handler(number: int, frame: FrameType | None) -> None:
         if not machine.started_at:
             raise SystemExit(128 + number)
-        from signal import Signals
-
-        machine.stop(Stop(Reason.SIGNAL, Signals(number).name, status=number))
+        machine.stop(Stop(Reason.SIGNAL, SIGNALS[number], status=number))
 
     return handler
 

@@ -17,6 +17,7 @@ MIB = 1 << 20
 
 _at_work = threading.Lock()  # held while something is told: what is done within says nothing of its own
 _shown = False
+_telling: tuple[threading.Event, threading.Thread] | None = None
 
 
 class Work:
@@ -50,6 +51,7 @@ def show() -> None:
 def working(title: str) -> Iterator[Work]:
     """While the block runs, tell `title`, what the work says of itself, and for how many seconds. The thread that does
     so is there since the work may be one long call."""
+    global _telling
     work = Work(title)
     if not _shown or not _at_work.acquire(blocking=False):
         yield work
@@ -57,12 +59,22 @@ def working(title: str) -> Iterator[Work]:
     done = threading.Event()
     thread = threading.Thread(target=_tell, args=(work, done), name="kvmpy-progress", daemon=True)
     thread.start()
+    _telling = done, thread
     try:
         yield work
     finally:
+        hush()
+        _at_work.release()
+
+
+def hush() -> None:
+    """No more is told of the work at hand: there is no thread of ours any more. For a process that locks itself in."""
+    global _telling
+    if _telling is not None:
+        done, thread = _telling
+        _telling = None
         done.set()
         thread.join()
-        _at_work.release()
 
 
 def _tell(work: Work, done: threading.Event) -> None:

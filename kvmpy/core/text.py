@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from .typed import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import re
-
 # ECMA-48, 5.4, 5.6 and 5.5: control sequences (colours, cursor), control strings (titles), other escape sequences.
-# Patterns are compiled when they are used: that takes longer than loading a module.
 ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
-UNUSUAL = r"[^\n -~]"
+NAMED = {"\n": "\n", "\r": "\\r", "\t": "\\t"}
 
 
 def printable(text: str) -> str:
     """`text` as a terminal would leave it: without escape sequences and carriage returns, tabs expanded; `escaped`."""
-    import re
+    if "\x1b" in text:
+        import re  # loading it takes longer than a start
 
-    return escaped(re.sub(ESCAPES, "", text).replace("\r", "").expandtabs())
+        text = re.sub(ESCAPES, "", text)
+    return escaped(text.replace("\r", "").expandtabs())
 
 
 def escaped(text: str) -> str:
     """`text` with characters that do not print as themselves shown as `\\x..`, newlines excepted."""
-    import re
-
-    return re.sub(UNUSUAL, _shown, text)
+    return text if text.isprintable() else "".join(map(_shown, text))
 
 
-def _shown(match: re.Match[str]) -> str:
-    """As Python writes it in text; without its codec, which a process that is locked in could not load."""
-    character = match.group()
+def _shown(character: str) -> str:
     if character.isprintable():
         return character
-    number = ord(character)
-    return f"\\x{number:02x}" if number < 1 << 8 else f"\\u{number:04x}" if number < 1 << 16 else f"\\U{number:08x}"
+    code = ord(character)
+    return NAMED.get(character) or (
+        f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    )

@@ -73,6 +73,11 @@ def inject(device: Attachable, *faults: Fault | WriteLog, seed: int = 0) -> list
         raise ConfigError(f"faults for a {type(device).__name__} that is attached already", "inject them before")
     log: list[Injected] = []
     logs = [item for item in faults if isinstance(item, WriteLog)]
+    for item in faults:
+        if isinstance(item, Fault) and _kind(item) is None:
+            raise ConfigError(
+                f"{type(item).__name__} is no fault that a device can have", "see kvmpy.faults for those there are"
+            )
     plans: dict[type[Fault], Plan] = {}
     for kind, owner, operations in KINDS:
         mine = [item for item in faults if isinstance(item, Fault) and _kind(item) is kind]

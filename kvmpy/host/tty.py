@@ -78,6 +78,39 @@ read -r line || stty -F /dev/fd/{tty} "$saved"
 """
 
 
+_standing_by: dict[int, Popen[bytes]] = {}  # guards of terminals that are not in raw mode yet
+
+
+def stand_by(fd: int) -> None:
+    """Get ready for raw mode of a terminal: a process that locks itself in can start no guard any more."""
+    if os.isatty(fd) and is_ours(fd) and (guard := post_guard(fd)):
+        termios.tcgetattr(fd)  # it is loaded
+        _standing_by[fd] = guard
+
+
+def post_guard(fd: int) -> Popen[bytes] | None:
+    """The shell that undoes what will be changed; None where there is no shell."""
+    import subprocess  # only people at a terminal wait for it
+
+    tty = os.dup(fd)
+    try:
+        guard = subprocess.Popen(
+            ["sh", "-c", GUARD.format(tty=tty)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(tty,),
+            process_group=0,  # not in the foreground, so that no key signals it
+        )
+    except OSError:
+        return None
+    finally:
+        os.close(tty)
+    assert guard.stdout is not None
+    guard.stdout.readline()
+    return guard
+
+
 class RawTerminal:
     """Raw mode on `fd` between `enter` and `leave`; does nothing where `fd` is not our terminal to change.
 
@@ -96,7 +129,7 @@ class RawTerminal:
         """Whether the terminal is in raw mode now; False for no terminal, or one that another job is using."""
         if not os.isatty(self.fd) or not is_ours(self.fd):
             return False
-        self._post_guard()
+        self._guard = _standing_by.pop(self.fd, None) or post_guard(self.fd)
         self.make_raw()
         return True
 
@@ -124,21 +157,3 @@ class RawTerminal:
         if self._guard is not None:
             guard, self._guard = self._guard, None
             guard.communicate(b"all is well\n")
-
-    def _post_guard(self) -> None:
-        import subprocess  # only people at a terminal wait for it
-
-        tty = os.dup(self.fd)
-        with suppress(OSError):  # no shell: then without
-            guard = subprocess.Popen(
-                ["sh", "-c", GUARD.format(tty=tty)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(tty,),
-                process_group=0,  # not in the foreground, so that no key signals it
-            )
-            assert guard.stdout is not None
-            guard.stdout.readline()
-            self._guard = guard
-        os.close(tty)

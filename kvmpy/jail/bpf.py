@@ -2,14 +2,15 @@
 
 See Documentation/userspace-api/seccomp_filter.rst of the kernel.
 
-A filter is a straight line. Each rule is a comparison with the call's number that falls through to a verdict or jumps
-over it, so that no jump is longer than its own rule, and what no rule names meets the verdict at the end.
+A filter begins with the calls that have a condition: a block for each, which other calls jump over. Behind them is one
+comparison for each other number, which jumps to the verdicts at the end.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from ..core.record import Record
 
@@ -18,6 +19,7 @@ Instruction = tuple[int, int, int, int]  # struct sock_filter: code, jt, jf, k
 LOAD, RETURN = 0x20, 0x06  # BPF_LD | BPF_W | BPF_ABS, BPF_RET | BPF_K
 JUMP_EQUAL, JUMP_NOT_LESS, JUMP_ANY_BIT = 0x15, 0x35, 0x45  # BPF_JMP | BPF_JEQ, BPF_JGE, BPF_JSET, with BPF_K
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
+MAX_JUMP = 255
 X86_64 = 0xC000003E  # AUDIT_ARCH_X86_64
 X32 = 0x40000000  # __X32_SYSCALL_BIT
 
@@ -55,7 +57,10 @@ def program(
     otherwise: int,
 ) -> list[Instruction]:
     """A filter: calls by number, those with a condition (and the verdict where it does not hold) first, since the call
-    of an exit is one of them; calls that are allowed; calls with verdicts of their own; the verdict on all others."""
+    of an exit is one of them; calls that are allowed; calls with verdicts of their own; the verdict on all others.
+
+    Raises ValueError when there are more calls than a jump can pass over.
+    """
     code = [
         (LOAD, 0, 0, ARCHITECTURE),
         (JUMP_EQUAL, 1, 0, X86_64),
@@ -65,26 +70,30 @@ def program(
         (RETURN, 0, 0, KILL),
     ]
     for number, (condition, verdict) in conditional.items():
-        block = [*_check(condition), (RETURN, 0, 0, verdict)]
+        block = _check(condition, verdict)
         code += [(JUMP_EQUAL, 0, len(block), number), *block]
-    for number in plain:
-        code += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
-    for number, verdict in refused.items():
-        code += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, verdict)]
-    return [*code, (RETURN, 0, 0, otherwise)]
+    answers = [otherwise, *dict.fromkeys((ALLOW, *refused.values()))]  # the verdicts, each once
+    numbers = [*((number, ALLOW) for number in plain), *refused.items()]
+    if len(numbers) + len(answers) > MAX_JUMP:
+        raise ValueError("too many system calls for one jump")
+    places = {verdict: place for place, verdict in enumerate(answers) if place}
+    last = len(numbers) - 1
+    code += [(JUMP_EQUAL, last - at + places[verdict], 0, number) for at, (number, verdict) in enumerate(numbers)]
+    return [*code, *((RETURN, 0, 0, verdict) for verdict in answers)]
 
 
-def _check(condition: Condition) -> list[Instruction]:
-    """Returns ALLOW, or goes on behind its end."""
+def _check(condition: Condition, verdict: int) -> list[Instruction]:
+    """Returns ALLOW or `verdict`."""
     load = (LOAD, 0, 0, ARGUMENTS + 8 * condition.index)
+    ends = [(RETURN, 0, 0, verdict), (RETURN, 0, 0, ALLOW)]
     if isinstance(condition, OneOf):
-        tests = [step for value in condition.values for step in ((JUMP_EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW))]
-        return [load, *tests]
+        left = len(condition.values)
+        return [load, *((JUMP_EQUAL, left - at, 0, value) for at, value in enumerate(condition.values)), *ends]
     if isinstance(condition, With):
-        return [load, (JUMP_ANY_BIT, 0, 1, condition.bits), (RETURN, 0, 0, ALLOW)]
-    return [load, (JUMP_ANY_BIT, 1, 0, condition.bits), (RETURN, 0, 0, ALLOW)]
+        return [load, (JUMP_ANY_BIT, 1, 0, condition.bits), *ends]
+    return [load, (JUMP_ANY_BIT, 0, 1, condition.bits), *ends]
 
 
 def assemble(code: Sequence[Instruction]) -> bytes:
     """An array of struct sock_filter."""
-    return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
+    return struct.pack("<" + "HBBI" * len(code), *chain.from_iterable(code))

@@ -6,23 +6,30 @@ import errno
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
 from .._kvm_ioctls import ffi, lib
 from ..core.errors import HostError
+from ..core.typed import TYPE_CHECKING
 from .bpf import assemble
 from .policy import filter_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LEVELS = ("strict", "default", "off")
 
 # System calls that Python has no names for, with their constants (<linux/prctl.h>, landlock.h, seccomp.h, ...).
-PRCTL, PIVOT_ROOT, MOUNT, UMOUNT2, CAPSET, UNSHARE, PRLIMIT64, SECCOMP = 157, 155, 165, 166, 126, 272, 302, 317
-LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446
+PRCTL, PIVOT_ROOT, MOUNT, UMOUNT2, UNSHARE, PRLIMIT64, SECCOMP = 157, 155, 165, 166, 272, 302, 317
+CAPGET, CAPSET = 125, 126
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38
-RLIMIT_CORE, RLIMIT_NOFILE = 4, 7
+RLIMIT_FSIZE, RLIMIT_CORE, RLIMIT_NOFILE = 1, 4, 7
 CAPABILITY_VERSION_3 = 0x20080522
+# CAP_CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID: what root needs to be root in a shared folder
+FILE_CAPABILITIES = 0b11111
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = (
     0x20000,
     0x4000000,
@@ -40,6 +47,12 @@ LANDLOCK_CREATE_RULESET_VERSION = 1
 # What a Landlock ABI adds to what can be forbidden: (first ABI, file system, network, scopes). All of it is.
 LANDLOCK = ((1, 0x1FFF, 0, 0), (2, 0x2000, 0, 0), (3, 0x4000, 0, 0), (4, 0, 3, 0), (5, 0x8000, 0, 0), (6, 0, 0, 3))
 LEAVING = 1000  # milliseconds
+# What a device does in a folder that it shares: LANDLOCK_ACCESS_FS_READ_FILE and _READ_DIR; besides, all that changes
+# something but making devices, sockets and FIFOs.
+LANDLOCK_RULE_PATH_BENEATH = 1
+READING, CHANGING = 0xC, 0x71BE
+REFER = 2  # the first ABI that can allow a rename from one folder to another
+OUTPUT = 16 << 30  # bytes that files may grow: consoles, captures, logs
 SPARE_FILES = 1024  # descriptors that may be opened in addition: doorbells and vectors of drivers, clients of sockets
 
 Enter = Callable[[str], None]  # called on a thread when it starts, with its role: see policy.ROLES
@@ -56,24 +69,38 @@ class Jail:
     left out and told in `missing`, and a forbidden call fails with EPERM. `in_force` says what has been done.
     """
 
-    def __init__(self, level: str, *, reaching: bool = False) -> None:
-        """`reaching`: devices open files and sockets while the guest runs. Then there are neither Landlock nor a limit
-        on descriptors, capabilities stay, and level "strict" cannot be."""
+    def __init__(
+        self,
+        level: str,
+        *,
+        reaching: bool = False,
+        folders: Sequence[tuple[Path, bool]] = (),
+        pairs: bool = False,
+        longest: int = 0,
+    ) -> None:
+        """`reaching`: devices open files or UNIX sockets while the guest runs, files only in `folders`, each with
+        whether they change it. Then descriptors have no limit, root keeps what it may do to files, and level "strict"
+        cannot be. `pairs`: the main thread and its like make pairs of sockets. `longest`: bytes of the longest disk.
+        """
         self.level = level
-        self._reaching = reaching
         self.in_force: list[str] = []
         self.missing: list[str] = []
+        self._reaching, self._folders, self._pairs, self._longest = reaching, folders, pairs, longest
 
     def lock(self, role: str = "process") -> None:
         """For the main thread, before it starts others.
 
         Raises HostError at level "strict"; nobody must go on then.
         """
-        steps: list[Callable[[], str]] = [_no_new_privileges, lambda: _limits(files=not self._reaching)]
+        steps: list[Callable[[], str]] = [_no_new_privileges, self._limits]
         if self.level == "strict":
             steps.append(_empty_world)
-        steps += [_not_dumpable] if self._reaching else [_no_capabilities, _not_dumpable, _landlock]
-        steps.append(lambda: self._seccomp(role, everybody=True))
+        steps += [
+            lambda: _few_capabilities(FILE_CAPABILITIES if self._reaching else 0),
+            _not_dumpable,
+            lambda: _landlock(self._folders),
+            lambda: self._seccomp(role, everybody=True),
+        ]
         for step in steps:
             try:
                 self.in_force.append(step())
@@ -90,8 +117,19 @@ class Jail:
             if self.level == "strict":
                 raise
 
+    def _limits(self) -> str:
+        limits = {RLIMIT_CORE: 0}
+        if not self._reaching:
+            files = list(map(int, os.listdir("/proc/self/fd")))
+            limits[RLIMIT_NOFILE] = max(files, default=0) + SPARE_FILES
+        if not any(changes for _, changes in self._folders):
+            limits[RLIMIT_FSIZE] = max(self._longest, _longest_open()) + OUTPUT
+        for resource, wanted in limits.items():
+            _limit(resource, wanted)
+        return "rlimits"
+
     def _seccomp(self, role: str, *, everybody: bool = False) -> str:
-        code = _filter(role, self.level == "strict", self._reaching)
+        code = _filter(role, self.level == "strict", self._reaching, self._pairs)
         buffer = ffi.from_buffer(code)
         header = bytearray(struct.pack("<H6xQ", len(code) // 8, _address(buffer)))  # struct sock_fprog
         flags = SECCOMP_FILTER_FLAG_SPEC_ALLOW | (SECCOMP_FILTER_FLAG_TSYNC if everybody else 0)
@@ -100,8 +138,8 @@ class Jail:
 
 
 @cache
-def _filter(role: str, kill: bool, reaching: bool) -> bytes:
-    return assemble(filter_for(role, kill=kill, reaching=reaching))
+def _filter(role: str, kill: bool, reaching: bool, pairs: bool) -> bytes:
+    return assemble(filter_for(role, kill=kill, reaching=reaching, pairs=pairs))
 
 
 def _no_new_privileges() -> str:
@@ -109,17 +147,22 @@ def _no_new_privileges() -> str:
     return "no_new_privs"
 
 
-def _limits(*, files: bool) -> str:
-    limits = {RLIMIT_CORE: 0}
-    if files:
-        limits[RLIMIT_NOFILE] = max(map(int, os.listdir("/proc/self/fd")), default=0) + SPARE_FILES
-    for resource, wanted in limits.items():
-        old = bytearray(16)
-        _call("prlimit", PRLIMIT64, 0, resource, 0, _address(ffi.from_buffer(old)))
-        value = min(wanted, struct.unpack_from("<Q", old, 8)[0])
-        new = bytearray(struct.pack("<QQ", value, value))
-        _call("prlimit", PRLIMIT64, 0, resource, _address(ffi.from_buffer(new)))
-    return "rlimits"
+def _limit(resource: int, wanted: int) -> None:
+    """Both limits, soft and hard; never more than the hard one was."""
+    old = bytearray(16)
+    _call("prlimit", PRLIMIT64, 0, resource, 0, _address(ffi.from_buffer(old)))
+    value = min(wanted, struct.unpack_from("<Q", old, 8)[0])
+    new = bytearray(struct.pack("<QQ", value, value))
+    _call("prlimit", PRLIMIT64, 0, resource, _address(ffi.from_buffer(new)))
+
+
+def _longest_open() -> int:
+    """Bytes of the longest file that is open."""
+    longest = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the descriptor of the folder itself
+            longest = max(longest, os.fstat(int(name)).st_size)
+    return longest
 
 
 def _empty_world() -> str:
@@ -132,9 +175,9 @@ def _empty_world() -> str:
     flags = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     _call("user namespaces", UNSHARE, flags)
     try:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
-        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
     except OSError as error:
         raise Unavailable(f"user namespaces: {error.strerror}") from None
     root, tmpfs, options = (bytearray(text + b"\0") for text in (b"/", b"tmpfs", b"size=4k,nr_inodes=2,mode=555"))
@@ -153,11 +196,16 @@ def _empty_world() -> str:
     return "namespaces with an empty root"
 
 
-def _no_capabilities() -> str:
+def _few_capabilities(kept: int) -> str:
+    """All gone but those of `kept` (a mask) that there are."""
     header = bytearray(struct.pack("<Ii", CAPABILITY_VERSION_3, 0))
-    nothing = bytearray(24)  # effective, permitted, inheritable, in two halves
-    _call("capset", CAPSET, _address(ffi.from_buffer(header)), _address(ffi.from_buffer(nothing)))
-    return "no capabilities"
+    data = bytearray(24)  # effective, permitted, inheritable, in two halves
+    if kept:
+        _call("capget", CAPGET, _address(ffi.from_buffer(header)), _address(ffi.from_buffer(data)))
+        effective, permitted = struct.unpack_from("<II", data)
+        data[:] = struct.pack("<6I", effective & kept, permitted & kept, 0, 0, 0, 0)
+    _call("capset", CAPSET, _address(ffi.from_buffer(header)), _address(ffi.from_buffer(data)))
+    return "capabilities for files only" if kept else "no capabilities"
 
 
 def _not_dumpable() -> str:
@@ -165,20 +213,38 @@ def _not_dumpable() -> str:
     return "not dumpable"
 
 
-def _landlock() -> str:
-    """Neither files, nor TCP ports, nor abstract sockets, nor signals; for this thread and those that it starts."""
+def _landlock(folders: Sequence[tuple[Path, bool]]) -> str:
+    """No files but below `folders`, no TCP ports, abstract sockets, signals; for this thread and those it starts."""
     abi = landlock_abi()
     if not abi:
         raise Unavailable("Landlock is not in this kernel, or not enabled (lsm=landlock,...)")
+    if abi < REFER and any(changes for _, changes in folders):
+        raise Unavailable("Landlock of this kernel would keep guests from renaming files")
     fields = zip(*((fs, net, scope) for first, fs, net, scope in LANDLOCK if abi >= first), strict=True)
-    attributes = bytearray(struct.pack("<QQQ", *map(sum, fields)))
+    handled, network, scopes = map(sum, fields)
+    attributes = bytearray(struct.pack("<QQQ", handled, network, scopes))
     length = 24 if abi >= 6 else 16 if abi >= 4 else 8
     ruleset = _call("Landlock", LANDLOCK_CREATE_RULESET, _address(ffi.from_buffer(attributes)), length)
     try:
+        for path, changes in folders:
+            _allow(ruleset, path, (CHANGING if changes else READING) & handled)
         _call("Landlock", LANDLOCK_RESTRICT_SELF, ruleset)
     finally:
         os.close(ruleset)
     return f"Landlock ABI {abi}"
+
+
+def _allow(ruleset: int, folder: Path, access: int) -> None:
+    try:
+        fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unavailable(f"Landlock: {folder}: {error.strerror}") from None
+    try:
+        rule = bytearray(struct.pack("<Qi", access, fd))  # struct landlock_path_beneath_attr
+        address = _address(ffi.from_buffer(rule))
+        _call("Landlock", LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, address)
+    finally:
+        os.close(fd)
 
 
 # What is there; for `kvmpy doctor`.

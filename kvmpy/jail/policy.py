@@ -14,19 +14,20 @@ from .bpf import ERRNO, KILL, Condition, Instruction, OneOf, With, Without, prog
 PROT_EXEC = 4
 CLONE_THREAD = 0x10000
 AT_EMPTY_PATH = 0x1000
+AF_UNIX = 1
 
 SYSCALLS = {
     "read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11,
     "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "ioctl": 16, "pread64": 17, "pwrite64": 18,
     "readv": 19, "writev": 20, "sched_yield": 24, "mremap": 25, "madvise": 28, "dup": 32, "dup2": 33, "nanosleep": 35,
     "getpid": 39, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "getsockname": 51,
-    "getpeername": 52, "setsockopt": 54, "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61, "fcntl": 72,
-    "flock": 73, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getuid": 102, "getgid": 104, "geteuid": 107,
-    "getegid": 108, "getpgrp": 111, "sigaltstack": 131, "gettid": 186, "futex": 202, "sched_getaffinity": 204,
-    "restart_syscall": 219, "fadvise64": 221, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230,
-    "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234, "waitid": 247, "newfstatat": 262,
-    "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "epoll_pwait": 281, "fallocate": 285,
-    "accept4": 288, "eventfd2": 290, "dup3": 292,
+    "getpeername": 52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61,
+    "fcntl": 72, "flock": 73, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getuid": 102, "getgid": 104,
+    "geteuid": 107, "getegid": 108, "getpgrp": 111, "sigaltstack": 131, "gettid": 186, "futex": 202,
+    "sched_getaffinity": 204, "restart_syscall": 219, "fadvise64": 221, "clock_gettime": 228, "clock_getres": 229,
+    "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234,
+    "waitid": 247, "newfstatat": 262, "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "epoll_pwait": 281,
+    "fallocate": 285, "accept4": 288, "eventfd2": 290, "dup3": 292,
     "pipe2": 293, "preadv": 295, "pwritev": 296, "prlimit64": 302, "seccomp": 317, "getrandom": 318, "membarrier": 324,
     "preadv2": 327, "pwritev2": 328,
     "rseq": 334, "gettimeofday": 96, "time": 201, "getcpu": 309, "clone3": 435, "epoll_pwait2": 441,
@@ -54,24 +55,25 @@ IOCTLS = {
 MEMORY = "brk madvise mmap mprotect mremap munmap"  # mmap and mprotect have conditions
 # C libraries do not expect that these can fail, and take what they get for an answer.
 WHO = "getegid geteuid getgid getpgrp getpid gettid getuid"
-THREAD = "exit futex rt_sigprocmask rt_sigreturn sched_yield sigaltstack restart_syscall"
+# Threads end by themselves, or the process when a fault says so.
+THREAD = "exit exit_group futex rt_sigaction rt_sigprocmask rt_sigreturn sched_yield sigaltstack restart_syscall"
 CLOCKS = "clock_gettime getcpu gettimeofday time"  # where the host's clock cannot be read without a system call
 DOORBELLS = "close epoll_ctl eventfd2 read write"  # a driver that sets up a PCI device makes and ends them
 
 # What a vCPU's thread does besides KVM_RUN: the registers of devices, and log lines.
-VCPU = f"{THREAD} {WHO} {CLOCKS} {MEMORY} {DOORBELLS} ioctl tgkill"
+VCPU = f"{THREAD} {WHO} {CLOCKS} {MEMORY} {DOORBELLS} clock_nanosleep ioctl nanosleep tgkill"
 
 # An event loop does the work of devices and the console: it moves bytes between descriptors that are open.
 LOOP = f"""
-    {VCPU} accept4 clock_nanosleep dup epoll_pwait epoll_pwait2 epoll_wait fadvise64 fallocate fcntl fdatasync flock
-    fstat fsync ftruncate getpeername getrandom getsockname getsockopt lseek nanosleep newfstatat poll pread64 preadv
+    {VCPU} accept4 dup epoll_pwait epoll_pwait2 epoll_wait fadvise64 fallocate fcntl fdatasync flock
+    fstat fsync ftruncate getpeername getrandom getsockname getsockopt lseek newfstatat poll pread64 preadv
     preadv2 pwrite64 pwritev pwritev2 readv recvfrom recvmsg sendmsg sendto setsockopt shutdown wait4 writev
 """
 
 # The whole process: the main thread starts the others, waits, takes signals, and takes the machine apart.
 PROCESS = f"""
-    {LOOP} clock_getres clone clone3 dup2 dup3 exit_group membarrier pipe2 ppoll
-    pselect6 rseq rt_sigaction sched_getaffinity seccomp set_robust_list waitid
+    {LOOP} clock_getres clone clone3 dup2 dup3 membarrier pipe2 ppoll
+    pselect6 rseq sched_getaffinity seccomp set_robust_list waitid
 """
 
 ROLES = {"process": PROCESS, "loop": LOOP, "vcpu": VCPU, "reporter": PROCESS}
@@ -120,14 +122,15 @@ REACHING = {
 }  # fmt: skip
 
 
-def filter_for(role: str, *, kill: bool, reaching: bool = False) -> list[Instruction]:
+def filter_for(role: str, *, kill: bool, reaching: bool = False, pairs: bool = False) -> list[Instruction]:
     """The seccomp filter of a role. What nothing here needs is refused with EPERM, or with `kill` ends the process.
 
-    With `reaching`, all but vCPUs may open files and sockets.
+    With `reaching`, all but vCPUs may open files and UNIX sockets; with `pairs`, the main thread and those that it
+    starts for itself may make pairs of sockets, by which a program speaks to the guest's.
     """
     more = set(REACHING.values()) if reaching and role != "vcpu" else set()
     refuse = ERRNO | errno.EPERM
-    names = ROLES[role].split()
+    names = ROLES[role].split() + (["socketpair"] if pairs and role == "process" else [])
     conditions: dict[str, tuple[Condition, int]] = {
         "ioctl": (OneOf(1, tuple(IOCTLS[name] for name in ROLE_IOCTLS[role])), refuse),
         "mmap": (Without(2, PROT_EXEC), refuse),
@@ -138,7 +141,10 @@ def filter_for(role: str, *, kill: bool, reaching: bool = False) -> list[Instruc
     }
     conditional = {SYSCALLS[name]: check for name, check in conditions.items() if name in names}
     conditional = {number: check for number, check in conditional.items() if number not in more}
+    if REACHING["socket"] in more:
+        more.remove(REACHING["socket"])
+        conditional[REACHING["socket"]] = (OneOf(0, (AF_UNIX,)), refuse)
     plain = sorted({SYSCALLS[name] for name in names if name not in conditions and name != "clone3"} | more)
-    refused = dict.fromkeys(set(FRUITLESS.values()) - more, ERRNO | errno.EACCES)
+    refused = dict.fromkeys(set(FRUITLESS.values()) - more - set(conditional), ERRNO | errno.EACCES)
     refused[SYSCALLS["clone3"]] = ERRNO | errno.ENOSYS  # its flags are in memory; glibc then takes clone
     return program(conditional, plain, refused, KILL if kill else refuse)

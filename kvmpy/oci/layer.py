@@ -169,11 +169,12 @@ def _add(archive: tar.Tar, member: tar.Member, tree: Tree, contents: Contents, b
             raise ImageError(f"{shown(member.name)} has the owner {owner}, which Linux has not", REMEDY)
     node = Node(kind | member.mode, member.uid, member.gid, member.mtime)
     node.rdev = member.rdev[0] & 0xFFF, member.rdev[1] & 0xFFFFF
-    node.xattrs = {
-        name.decode("utf-8", "surrogateescape"): value
-        for name, value in member.xattrs.items()
-        if name.startswith(KEPT_XATTRS)
-    }
+    if member.xattrs:
+        node.xattrs = {
+            name.decode("utf-8", "surrogateescape"): value
+            for name, value in member.xattrs.items()
+            if name.startswith(KEPT_XATTRS)
+        }
     if kind == stat.S_IFLNK:
         node.target = member.target
         if not 0 < len(node.target) < 4096 or b"\0" in node.target:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import stat
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 from ..core.errors import ImageError
 
@@ -19,6 +20,11 @@ MAX_PATH = 4096
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
 REMEDY = "get the image from its source again, or do not trust it"
+
+
+# A million nodes share these.
+NO_XATTRS: dict[str, bytes] = {}
+NO_CHILDREN: dict[bytes, Any] = {}
 
 
 class Node:
@@ -42,11 +48,12 @@ class Node:
     def __init__(self, mode: int, uid: int = 0, gid: int = 0, mtime: int = 0) -> None:
         self.mode, self.uid, self.gid = mode, uid, gid
         self.mtime = mtime  # ns since 1970
-        self.xattrs: dict[str, bytes] = {}
+        self.xattrs = NO_XATTRS  # to be replaced, not changed
         self.rdev = (0, 0)
         self.target = b""  # of a symbolic link
         self.start = self.size = 0  # where the content is, for who has written it
-        self.children: dict[bytes, tuple[Node, int]] = {}  # of a folder: with the layer that put it there
+        # Of a folder: with the layer that put it there.
+        self.children: dict[bytes, tuple[Node, int]] = {} if stat.S_ISDIR(mode) else NO_CHILDREN
         self.inode = self.links = 0  # for who writes the tree
 
     @property

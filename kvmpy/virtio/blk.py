@@ -163,6 +163,7 @@ class Blk(VirtioDevice):
     def attach(self, board: Board) -> None:
         """Open the image; raises ConfigError, NotFoundError, ImageError or HostError."""
         self._image = image = self.open()
+        self.longest_file = image.size + image.size // 8  # with the tables of a format
         self.features = BLK_F.SEG_MAX | BLK_F.BLK_SIZE | BLK_F.FLUSH | BLK_F.TOPOLOGY
         self.features |= BLK_F.RO if image.read_only else BLK_F.DISCARD | BLK_F.WRITE_ZEROES
         self.features |= BLK_F.MQ if len(self.queue_sizes) > 1 else 0

@@ -15,6 +15,7 @@ A chain that breaks the device's own protocol: raise GuestError, and the transpo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ..core.board import Board
@@ -32,7 +33,11 @@ class VirtioDevice(Device):
     needs: ClassVar[Mapping[int, int]] = {}  # features that are taken only with one of those others (2.2.1)
     config: bytes | bytearray = b""  # the configuration space, as it reads
     modules: ClassVar[Sequence[str]] = ()  # the driver in the guest, where it is no part of the kernel
-    reaches: bool = False  # opens files or sockets while the guest runs, which a locked-in process cannot otherwise
+    # For a process that is locked in: whether the device opens files or UNIX sockets while the guest runs; the folders
+    # in which it opens files, each with whether it changes them; how long a file may become by its work, in bytes.
+    reaches: bool = False
+    folders: Sequence[tuple[Path, bool]] = ()
+    longest_file: int = 0
     own_thread: ClassVar[bool] = False  # for devices that wait for the host for long, and would hold up others
 
     board: Board

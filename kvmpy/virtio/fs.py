@@ -51,6 +51,7 @@ class Fs(VirtioDevice):
         if not 1 <= len(name) <= TAG_BYTES or b"\0" in name:
             raise ConfigError(f"invalid tag {tag!r} of a share", f"use 1 to {TAG_BYTES} bytes")
         self.path = Path(path)
+        self.folders = ((self.path, not ro),)
         self.tag = tag
         self._ro = ro
         self._cache = cache

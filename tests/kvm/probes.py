@@ -2,7 +2,8 @@
 
     python probes.py LEVEL ROLE IMAGE [PROBE]    prints {probe: "done" or why not} as JSON; with PROBE, only that one
 
-Roles: vcpu (in a device's register), loop (the `io` thread), own (a loop of one device), main (while the guest runs).
+Roles: vcpu (in a device's register), loop (the `io` thread), console, own (a loop of one device), main (while the guest
+runs).
 """
 
 from __future__ import annotations
@@ -65,6 +66,13 @@ PROBES: dict[str, Callable[[], object]] = {
     "TCP socket": socket.socket,
     "UNIX socket": lambda: socket.socket(socket.AF_UNIX),
     "socket pair": socket.socketpair,
+    "connect": lambda: raw(42, 0, PAGE_ADDRESS, 16),
+    "bind": lambda: raw(49, 0, PAGE_ADDRESS, 16),
+    "openat2": lambda: raw(437, (1 << 64) - 100, at(TEXT), PAGE_ADDRESS, 24),
+    "open by handle": lambda: raw(304, 0, PAGE_ADDRESS, 0),
+    "rename a file": lambda: Path(IMAGE).rename(IMAGE + "2"),
+    "descriptor of the parent": lambda: raw(438, 0, 0, 0),
+    "the user's rights": lambda: raw(105, 0),  # setuid
     "fork": fork,
     "vfork and exec": lambda: os.posix_spawn("/bin/true", ["true"], {}),
     "exec": lambda: os.execv("/bin/true", ["true"]),
@@ -114,6 +122,7 @@ class Probe(kvmpy.RegisterDevice, span=1):
     def attach(self, board: Board) -> None:
         board.pio(PORT, self.SPAN, self)
         self.loop = board.new_loop("probe") if ROLE == "own" else board.loop
+        self.loop = MACHINE._console_loop if ROLE == "console" else self.loop
 
     def write_VALUE(self, value: int) -> None:
         if ROLE == "vcpu":

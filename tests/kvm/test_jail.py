@@ -21,7 +21,7 @@ from kvmpy.jail.lock import landlock_abi, why_no_namespaces
 SECONDS = 60.0
 SECTOR = 512
 LEVELS = ("default", "strict")
-ROLES = ("vcpu", "loop", "own", "main")
+ROLES = ("vcpu", "loop", "console", "own", "main")
 PROBES, WORKING = (str(Path(__file__).with_name(name)) for name in ("probes.py", "working.py"))
 
 # Machine code for 7C00h, real mode; as in test_machine.py.
@@ -78,7 +78,7 @@ def test_nothing_that_a_taken_over_thread_tries_succeeds(image: Callable[[str], 
     done = probe("default", role, image(PROBE))
 
     found = json.loads(done.stdout)
-    assert len(found) >= 33
+    assert len(found) >= 40
     refused = ("PermissionError: [Errno 1] ", "PermissionError: [Errno 13] ", "RuntimeError: can't start new thread")
     others = {name: outcome for name, outcome in found.items() if not outcome.startswith(refused)}
     assert set(others) <= {"a new module"}
@@ -181,6 +181,37 @@ def test_a_device_that_fails_is_told_with_its_source(image: Callable[[str], Path
     assert "ZeroDivisionError: on purpose" in done.stderr
     assert "in write_VALUE" in done.stderr
     assert "with lock:" in done.stderr or "_write" in done.stderr or "vcpu.py" in done.stderr
+
+
+def test_a_device_that_imports_late_is_told_what_to_do(
+    image: Callable[[str], Path], level: str, tmp_path: Path
+) -> None:
+    (tmp_path / "late.py").write_text(
+        "import kvmpy\n\n\nclass Late(kvmpy.RegisterDevice, span=1):\n    VALUE = kvmpy.Reg(0)\n\n"
+        "    def __init__(self) -> None:\n        pass\n\n"
+        "    def attach(self, board):\n        board.pio(0x5E0, self.SPAN, self)\n\n"
+        "    def write_VALUE(self, value):\n        import wave\n"
+    )
+
+    done = boot("--sandbox", level, "--device", f"{tmp_path}/late.py:Late", image(PROBE))
+
+    assert done.returncode == 255
+    assert '"wave" cannot be loaded: kvmpy is locked in; import it where the file of the device begins' in done.stderr
+    assert "ud2" not in done.stderr
+
+
+def test_a_device_that_hangs_when_the_time_is_up(image: Callable[[str], Path], level: str, tmp_path: Path) -> None:
+    """Python ends such a thread with a library that it loads only then, and dies over it."""
+    (tmp_path / "slow.py").write_text(
+        "import time\n\nimport kvmpy\n\n\nclass Slow(kvmpy.RegisterDevice, span=1):\n    VALUE = kvmpy.Reg(0)\n\n"
+        "    def __init__(self) -> None:\n        pass\n\n"
+        "    def attach(self, board):\n        board.pio(0x5E0, self.SPAN, self)\n\n"
+        "    def write_VALUE(self, value):\n        time.sleep(2.5)\n"
+    )
+
+    done = boot("--sandbox", level, "--timeout", "1", "-q", "--device", f"{tmp_path}/slow.py:Slow", image(PROBE))
+
+    assert (done.returncode, done.stdout, done.stderr) == (124, "", "")
 
 
 def test_a_signal_ends_it(image: Callable[[str], Path], level: str) -> None:

@@ -15,6 +15,8 @@ from command import Boot
 COMPLAINTS = r"Firmware (Bug|Warn)|\bBUG\b|WARNING: CPU|MP-BIOS|ACPI.*(Error|Warning)|not respond|nobody cared|stuck"
 KNOWN = "fpu__init_system_xstate" if Path("/dev/linux-host").exists() else "$^"
 
+LARGE, BELOW = 3328, 3072  # MiB: RAM of a large machine, and what of it is below the hole under 4 GiB
+
 SURVEY = rf"""
 cd /sys/devices/system/cpu
 echo "cpus=$(nproc)"
@@ -22,6 +24,7 @@ echo "packages=$(cat cpu*/topology/physical_package_id | sort -u)"
 echo "cores=$(cat cpu*/topology/core_id | sort -nu | wc -l)"
 echo "interrupts=$(sed -n 's/.* //p' /proc/interrupts | tr '\n' ' ')"
 echo "now=$(date -u +%s)"
+echo "normal=$(grep -A9 'zone  *Normal' /proc/zoneinfo | sed -n 's/.*present *//p')"
 echo "complaints=$(dmesg | grep -E '{COMPLAINTS}' | grep -v '{KNOWN}' | tr '\n' '|')"
 exit 7
 """
@@ -33,22 +36,28 @@ def facts(console: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "option", "protocol", "cpus"),
+    ("kernel", "option", "protocol", "cpus", "mem"),
     [
-        ("cloud", "auto", "pvh", 1),
-        ("cloud", "linux64", "linux64", 2),
-        ("cloud", "decompressor", "decompressor", 4),
-        ("amd64", "pvh", "pvh", 4),
-        ("amd64", "linux64", "linux64", 1),
-        ("amd64", "decompressor", "decompressor", 2),
+        ("cloud", "auto", "pvh", 1, 512),
+        ("cloud", "linux64", "linux64", 2, LARGE),
+        ("cloud", "decompressor", "decompressor", 4, 512),
+        ("amd64", "pvh", "pvh", 4, 512),
+        ("amd64", "linux64", "linux64", 1, 512),
+        ("amd64", "decompressor", "decompressor", 2, 512),
     ],
 )
 def test_kernel_reaches_userspace(
-    kernel: str, option: str, protocol: str, cpus: int, boot: Boot, request: pytest.FixtureRequest
+    kernel: str, option: str, protocol: str, cpus: int, mem: int, boot: Boot, request: pytest.FixtureRequest
 ) -> None:
+    """With much memory: what does not fit below the hole is the kernel's zone "Normal"."""
+    if mem << 20 > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        pytest.skip(f"this host has less than {mem} MiB of memory; scripts/linux-host has --mem")
     before = time.time()
 
-    done = boot("-k", request.getfixturevalue(kernel), "--boot", option, "-c", str(cpus), "--json", "--exec", SURVEY)
+    done = boot(
+        *("-k", request.getfixturevalue(kernel), "--boot", option, "-c", str(cpus), "-m", f"{mem}M"),
+        *("--json", "--exec", SURVEY),
+    )
 
     outcome = json.loads(done.stdout)
     seen = facts(outcome["console"])
@@ -56,16 +65,6 @@ def test_kernel_reaches_userspace(
     assert (seen["cpus"], seen["packages"], seen["cores"]) == (str(cpus), "0", str(cpus))
     assert {"ttyS0", "ACPI:Ged"} <= set(seen["interrupts"].split())
     assert before - 2 <= int(seen["now"]) <= time.time() + 1  # RTC
+    assert int(seen["normal"]) == max(0, mem - BELOW) << 20 >> 12
     assert seen["complaints"] == ""
     assert outcome["init_ms"] > 0
-
-
-def test_memory_above_4_gib(boot: Boot, cloud: Path) -> None:
-    """What does not fit below the hole is there, and the kernel uses it (first of all, as its zone "Normal")."""
-    size, below = 3328, 3072  # MiB
-    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < size << 20:
-        pytest.skip(f"this host has less than {size} MiB of memory; scripts/linux-host has --mem")
-
-    done = boot("-k", cloud, "-m", f"{size}M", "--exec", "grep -A9 'zone  *Normal' /proc/zoneinfo | grep present")
-
-    assert done.stdout.split() == ["present", str((size - below) << 20 >> 12)]

@@ -433,6 +433,7 @@ def test_level_that_does_not_rise() -> None:
 
 BAD: list[tuple[type[VirtioDevice], faults.Fault, str]] = [
     (Rng, faults.Fail(), "it is for Blk"),
+    (Rng, faults.Fault(), "no fault that a device can have"),
     (Blk, faults.Drop(), "it is for Net"),
     (Blk, faults.Fail("send"), "use any, read, write"),
     (Blk, faults.Fail(nth=-1), "nth=-1"),

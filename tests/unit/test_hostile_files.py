@@ -30,7 +30,7 @@ from kvmpy.host import fuse_wire as wire
 from kvmpy.host.fuse import FuseServer
 from kvmpy.host.fuse_wire import ROOT_ID, Op
 
-MANY = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SAMPLE = bytes(range(256)) * 40
 
 

@@ -14,6 +14,7 @@ from kvmpy.jail.policy import FRUITLESS, IOCTLS, ROLE_IOCTLS, ROLES, SYSCALLS, f
 I386 = 0x40000003  # AUDIT_ARCH_I386
 DENY = ERRNO | errno.EPERM
 KVM_RUN = IOCTLS["KVM_RUN"]
+SOCKET = FRUITLESS["socket"]
 CONDITIONAL = {"ioctl", "mmap", "mprotect", "tgkill", "clone", "clone3", "newfstatat"}
 ANY = [0xDEAD_0000_BEEF] * 6
 
@@ -152,11 +153,32 @@ def test_devices_that_reach_out_may_open_files_but_vcpus_may_not(role: str, outc
     assert verdict(code, 59, []) == DENY  # execve
 
 
+def test_devices_that_reach_out_have_sockets_of_the_host_only() -> None:
+    code = filter_for("loop", kill=False, reaching=True)
+
+    assert [verdict(code, SOCKET, [family, 1]) for family in (1, 2, 10, 16, 17, 40)] == [ALLOW, *[DENY] * 5]
+
+
+@pytest.mark.parametrize(("role", "outcome"), [("process", ALLOW), ("loop", DENY), ("vcpu", DENY)])
+def test_pairs_of_sockets_are_for_those_that_speak_to_the_guest(role: str, outcome: int) -> None:
+    assert verdict(filter_for(role, kill=False, pairs=True), SYSCALLS["socketpair"], [1, 1]) == outcome
+    assert verdict(filter_for(role, kill=False), SYSCALLS["socketpair"], [1, 1]) == DENY
+
+
 def test_the_call_of_an_exit_is_decided_first() -> None:
     code = filter_for("vcpu", kill=True)
 
-    assert code[6] == (0x15, 0, 2 * len(ROLE_IOCTLS["vcpu"]) + 2, SYSCALLS["ioctl"])
-    assert code[8:10] == [(0x15, 0, 1, KVM_RUN), (0x06, 0, 0, ALLOW)]
+    allow = 8 + len(ROLE_IOCTLS["vcpu"]) + 1
+    assert code[6] == (0x15, 0, allow - 6, SYSCALLS["ioctl"])
+    assert code[8] == (0x15, allow - 9, 0, KVM_RUN)
+    assert code[allow] == (0x06, 0, 0, ALLOW)
+
+
+def test_more_calls_than_a_jump_passes_over() -> None:
+    with pytest.raises(ValueError, match="too many"):
+        program({}, range(254), {}, KILL)
+
+    assert verdict(program({}, range(253), {}, KILL), 0, []) == ALLOW
 
 
 def test_conditions() -> None:

@@ -20,7 +20,7 @@ from disks import Disk
 from kills import Victim, kill, script
 from oci_images import Image, entry, layer, write_folder
 
-from kvmpy import root
+from kvmpy import named, root
 from kvmpy.boot import cache
 from kvmpy.host.unix_socket import listen_at, remove
 from kvmpy.oci import store
@@ -250,7 +250,7 @@ def check_socket(folder: Path, said: str) -> None:
 
 IMAGES = """
 import sys
-from kvmpy import root
+from kvmpy import named, root
 from kvmpy.oci import store
 store.KEEP = 1
 print("ready", flush=True)
@@ -287,6 +287,35 @@ def _disk(entry: Path) -> tuple[int, bytes, str]:
         return os.fstat(file.fileno()).st_size, file.read(HEAD), (entry / "config.json").read_text()
 
 
+# Names of machines: one is taken, given facts, let go of and forgotten, over and over.
+
+NAMES = """
+import sys
+from kvmpy import named
+print("ready", flush=True)
+while True:
+    claim = named.claim("job")
+    claim.note_owner()
+    (claim.folder / "vsock").touch()
+    claim.note(running=True)
+    claim.note(status=3)
+    claim.close()
+    named.find("job").remove()
+"""
+
+
+def check_names(folder: Path, said: str) -> None:
+    """Whatever is left is no machine that runs, and nobody's way is barred."""
+    assert [machine.state for machine in named.all_of()] in ([], ["lost"], ["exited"])
+
+    claim = named.claim("job")
+
+    assert set(os.listdir(claim.folder)) == {"facts", "lock"}
+    claim.close()
+    named.find("job").remove()
+    assert named.all_of() == []
+
+
 VICTIMS = [
     Victim("raw disk", script(writer("raw")), check_raw, prepare=make_raw),
     Victim("qcow2 disk", script(writer("qcow2")), check_qcow2, prepare=make_qcow2),
@@ -300,6 +329,7 @@ VICTIMS = [
     fetching("fetch-image"),
     Victim("make-image", script(putting(1 << 30)), check_put, 0.5),
     Victim("socket", script(SOCKETS), check_socket, 0.05),
+    Victim("names", script(NAMES), check_names, 0.05, environment=lambda folder: {"XDG_RUNTIME_DIR": str(folder)}),
     Victim(
         "image cache",
         script(IMAGES),
@@ -316,6 +346,7 @@ def test_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: Victim, t
     if victim.name == "qcow2 disk" and not shutil.which("qemu-img"):
         pytest.skip("no qemu-img: apt-get install qemu-utils")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
     said = kill(victim, tmp_path, random.Random(f"{victim.name} {time}"))
 

@@ -188,8 +188,18 @@ def test_refused_layout_leaks_no_descriptor() -> None:
 
 def test_address_of_a_window(mem: GuestMemory) -> None:
     assert mem.address(mem.window(HIGH + 5, 3)) == HIGH + 5
+    assert [mem.address(mem.window(base, 1)) for base in (LOW, HIGH)] == [LOW, HIGH]
     with pytest.raises(ValueError, match="not guest RAM"):
         mem.address(memoryview(bytearray(4)))
+
+
+def test_the_byte_behind_a_region_has_no_address() -> None:
+    backing = memoryview(bytearray(32))
+    mem = GuestMemory([Region(LOW, backing[:16])])
+
+    assert mem.address(backing[15:]) == LOW + 15
+    with pytest.raises(ValueError, match="not guest RAM"):
+        mem.address(backing[16:])
 
 
 def test_discarded_pages_leave_the_memfd() -> None:
@@ -211,7 +221,8 @@ def test_discarded_pages_leave_the_memfd() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpa", "size", "gone"), [(0, PAGE, 1), (1, 2 * PAGE, 1), (1, 2 * PAGE - 2, 0), (PAGE - 1, PAGE + 2, 1), (0, 0, 0)]
+    ("gpa", "size", "gone"),
+    [(0, PAGE, 1), (1, 2 * PAGE, 1), (1, 2 * PAGE - 2, 0), (PAGE - 1, PAGE + 2, 1), (0, 0, 0), (1, 8, 0)],
 )
 @pytest.mark.parametrize(
     "make",

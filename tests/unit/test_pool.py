@@ -140,3 +140,13 @@ def test_a_pool_that_is_closed_or_slow(monkeypatch: pytest.MonkeyPatch) -> None:
         sandboxes.take()
     with pytest.raises(ConfigError, match="started before"):
         sandboxes.start()
+
+
+def test_a_mistake_in_the_thread_is_told_to_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(sandbox: FakeSandbox) -> FakeSandbox:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(FakeSandbox, "start", fail)
+
+    with SandboxPool(size=1) as sandboxes, pytest.raises(ZeroDivisionError, match="on purpose"):
+        sandboxes.take(LIMIT)

@@ -17,19 +17,35 @@ from agents import LIMIT, NativeAgent, build, running
 
 # `kvmpy run` without the machine: SOCKET TTY TIMEOUT CMD...
 PROGRAM = """
-import socket, sys
+import os, socket, sys
+from pathlib import Path
 from subprocess import PIPE
+from types import SimpleNamespace
 from kvmpy.cli import relay
+from kvmpy.cli.locked import Lock, leave
+from kvmpy.host.tty import stand_by
 from kvmpy.core.errors import KvmpyError
 from kvmpy.guest.client import Agent
+from kvmpy.guest.process import Process
 
 def connect():
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(sys.argv[1])
     return connection
 
+for mistake in os.environ.get("MISTAKE_IN", "").split():
+    def fail(*words):
+        raise ZeroDivisionError("on purpose")
+    setattr(Process, mistake, fail)
 relay.starting()
 tty, timeout = sys.argv[2] == "tty", float(sys.argv[3])
+if "LOCKED" in os.environ:  # as with a machine that has the host's files
+    lock = Lock("default", with_json=False)
+    if tty:
+        stand_by(0)
+    device = SimpleNamespace(reaches=True, folders=((Path("/"), False),), longest_file=0)
+    board, config = SimpleNamespace(virtio_devices=lambda: [device]), SimpleNamespace(exec=None)
+    lock.lock_down(SimpleNamespace(board=board, config=config))
 pipes = {"tty": relay.terminal_size()} if tty else {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
 try:
     with Agent(connect).popen(sys.argv[4:], **pipes) as process:
@@ -37,6 +53,7 @@ try:
 except KvmpyError as error:
     print(error, file=sys.stderr)
     status = error.status
+leave(status)
 sys.exit(status)
 """
 
@@ -106,7 +123,12 @@ def test_a_command_out_of_time_is_killed(start: Start) -> None:
 
 
 def test_an_interrupt_is_for_the_command(start: Start, tmp_path: Path) -> None:
-    process = start("sh", "-c", f"trap 'echo caught; exit 3' INT; touch {tmp_path}/up; while :; do sleep 0.01; done")
+    """From when its input arrives: then there is a relay."""
+    words = f"trap 'echo caught; exit 3' INT; read -r line; touch {tmp_path}/up; while :; do sleep 0.01; done"
+    process = start("sh", "-c", words)
+    assert process.stdin is not None
+    process.stdin.write(b"begin\n")
+    process.stdin.flush()
     wait_for(tmp_path / "up")
 
     process.send_signal(signal.SIGINT)
@@ -197,3 +219,13 @@ def test_terminal(start: Start) -> None:
     assert termios.tcgetattr(theirs) == before
     os.close(ours)
     os.close(theirs)
+
+
+@pytest.mark.parametrize("mistake", ["wait", "write_input"])
+def test_a_mistake_in_a_thread_ends_it(start: Start, mistake: str) -> None:
+    process = start("sh", "-c", "cat; sleep 100", env={**os.environ, "MISTAKE_IN": mistake})
+
+    _, told = process.communicate(b"something", LIMIT)
+
+    assert process.returncode == 1
+    assert b"ZeroDivisionError: on purpose" in told

@@ -169,7 +169,7 @@ def native(agent: NativeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sandboxes without a machine: the agent is a process of this one."""
 
     class NativeSandbox(kvmpy.Sandbox):
-        def start(self) -> Self:
+        def start(self, lock: object = None) -> Self:
             self._agent = agent
             return self
 

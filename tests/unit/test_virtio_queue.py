@@ -9,7 +9,7 @@ from probe import ALL, Echo
 
 from kvmpy.core.buffers import pieces
 from kvmpy.testing import FakeBoard, RingDriver
-from kvmpy.virtio.queue import DESC_F, Chain
+from kvmpy.virtio.queue import DESC_F, MAX_QUEUE_SIZE, Chain, VirtQueue
 from kvmpy.virtio.spec import F
 
 
@@ -37,6 +37,16 @@ def test_pieces_of_buffers() -> None:
 
     assert [bytes(piece) for piece in pieces(buffers, 2, 3)] == [b"c", b"de"]
     assert pieces(buffers, 7, 3) == []
+
+
+@pytest.mark.parametrize("size", [-2, 0, 3, 2 * MAX_QUEUE_SIZE])
+def test_queue_of_a_device_that_cannot_be(board: FakeBoard, size: int) -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        VirtQueue(0, size, board.mem, lambda queue: None)
+
+
+def test_the_longest_queue_of_a_device(board: FakeBoard) -> None:
+    assert VirtQueue(0, MAX_QUEUE_SIZE, board.mem, lambda queue: None).max_size == MAX_QUEUE_SIZE
 
 
 def test_chain_writes_in_order_and_counts() -> None:

@@ -65,11 +65,15 @@ class Contender:
         return False
 
 
+@dataclass(frozen=True)
 class Kvmpy(Contender):
     """This checkout, through its command line."""
 
+    sandbox: str = ""
+
     def command(self, job: Job) -> list[str]:
         words = f"boot {job.image} --boot flat --serial stdio --mem {job.mem}M --cpus {job.cpus}".split()
+        words += ["--sandbox", self.sandbox] if self.sandbox else []
         words += ["--console", "virtio"] if job.console else []
         words += [f"--disk={disk}" for disk in job.disks]
         words += [f"--net=socket={path}" for path in job.nets]
@@ -228,12 +232,14 @@ def interpreter() -> Path:
     return (ours if ours.exists() else Path(sys.executable)).resolve()
 
 
-def found(aios: tuple[str, ...] = (), *, real_mode: bool = False) -> Iterator[Contender]:
+def found(aios: tuple[str, ...] = (), *, real_mode: bool = False, unlocked: bool = False) -> Iterator[Contender]:
     """All contenders that this host has; QEMU once for each of `aios`, where the row is about disks; with `real_mode`,
-    those that start guests in real mode."""
+    those that start guests in real mode; with `unlocked`, also kvmpy when it does not lock itself in."""
     yield BareLoop("bare C loop", device=0xD0000000)
     yield Kvmpy("kvmpy", device=0xD0000000, exit_port=0x502)
     yield Kvmpy("kvmpy pure", device=0xD0000000, exit_port=0x502, environment={"KVMPY_PURE": "1"})
+    if unlocked:
+        yield Kvmpy("kvmpy --sandbox off", device=0xD0000000, exit_port=0x502, sandbox="off")
     if binary := shutil.which("qemu-system-x86_64"):
         for aio in aios or ("threads",):
             yield Qemu(f"QEMU {aio}" if aios else "QEMU", device=0xFEB00000, binary=binary, aio=aio)

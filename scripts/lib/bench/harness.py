@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-BARE, QEMU = "bare C loop", "QEMU"  # what the others are compared with
+BARE, QEMU, UNLOCKED = "bare C loop", "QEMU", "kvmpy --sandbox off"  # what the others are compared with
 
 
 class Figure(NamedTuple):
@@ -98,7 +98,7 @@ class Row:
             "values": values,
             "ratios": {},
         }
-        for label, other in (("bare", BARE), ("qemu", best(by_name, QEMU, unit))):
+        for label, other in (("bare", BARE), ("qemu", best(by_name, QEMU, unit)), ("off", UNLOCKED)):
             if other in by_name and other != name and (found := ratio(values, by_name[other])):
                 record["ratios"][label] = found | {"to": other}
         if "bare" in record["ratios"]:

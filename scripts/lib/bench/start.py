@@ -30,7 +30,9 @@ def image(folder: Path, contender: Contender, exit_port: int) -> Path:
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
-    return {contender.name: partial(run, contender, folder, options) for contender in found(real_mode=True)}
+    return {
+        contender.name: partial(run, contender, folder, options) for contender in found(real_mode=True, unlocked=True)
+    }
 
 
 def run(contender: Contender, folder: Path, options: Options) -> Iterator[Figure]:

@@ -16,7 +16,7 @@ class Target(NamedTuple):
     case: str  # a regular expression, as `unit`
     unit: str
     contender: str
-    to: str  # bare, qemu or ""
+    to: str  # bare, qemu, off (kvmpy that does not lock itself in) or ""
     sense: str  # >= or <=
     limit: float
 
@@ -25,6 +25,7 @@ TARGETS = [
     Target("exits", "port read, line status|port write, POST code", "cpu us", "kvmpy", "bare", "<=", 1.05),
     Target("exits", "port .*, scratch|MMIO .*", "cpu us", "kvmpy", "bare", "<=", 1.30),
     Target("exits", "port .*, scratch|MMIO .*", "cpu us", "kvmpy", "qemu", "<=", 1.10),
+    Target("exits", ".*", "cpu us", "kvmpy", "off", "<=", 1.05),
     Target("console", "UART", "KB/s", "kvmpy", "qemu", ">=", 1.0),
     Target("blk", "4K .* depth (32|128)", "IOPS", "kvmpy", "qemu", ">=", 1.2),
     Target("blk", "4K .* depth (32|128)", "IOPS", "kvmpy pure", "", ">=", 25_000),

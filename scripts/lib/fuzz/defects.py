@@ -47,6 +47,28 @@ def _nearly(make: Generator, queue: int, segments: list[Segment], odd: dict[str,
     segment[1] = max(0, segment[1] + make.random.choice([-1, 1, -2, 16, 511, -511, 512]))
 
 
+def _past(make: Generator, queue: int, segments: list[Segment], odd: dict[str, Any]) -> None:
+    segment = make.random.choice(segments)
+    segment[0] = max(0, make.random.choice([LOW_END, HIGH_END]) - segment[1] + make.random.choice([1, 1, 2, 8]))
+
+
+def _nested(make: Generator, queue: int, segments: list[Segment], odd: dict[str, Any]) -> None:
+    """The last part is in a table of its own, which another table names: good but for that."""
+    address, size, writable, _ = segments[-1]
+    inner = struct.pack("<QIHH", address, size, WRITE * writable, 0)
+    odd["indirect"] = make.place(16 * len(segments))
+    segments[-1] = [make.place(16), 16, 0, inner.hex()]
+    odd["entries"] = [[len(segments) - 1, FLAGS, INDIRECT]]
+
+
+def _long(make: Generator, queue: int, segments: list[Segment], odd: dict[str, Any]) -> None:
+    """More descriptors than the queue has, some of them in a table."""
+    size = make.sizes[queue % len(make.sizes)]
+    if 0 < size <= 64:
+        segments[:0] = [[make.place(0), 0, 0, ""] for _ in range(size)]
+        odd.update(indirect=make.place(16 * len(segments)), direct=make.random.choice([0, size // 2, size - 1]))
+
+
 def _direction(make: Generator, queue: int, segments: list[Segment], odd: dict[str, Any]) -> None:
     segment = make.random.choice(segments)
     segment[2] = 1 - segment[2]
@@ -98,9 +120,12 @@ def _jump(make: Generator, queue: int, segments: list[Segment], odd: dict[str, A
 def _table(make: Generator, queue: int, segments: list[Segment], odd: dict[str, Any]) -> None:
     pick = make.random
     odd["indirect"] = bad_address(make) if pick.random() < 0.4 else make.place(16 * len(segments))
-    what = pick.randrange(5)
+    what = pick.choice([0, 0, 1, 2, 3])
     if what == 0:
-        odd["length"] = pick.choice([0, 1, 15, 16, 17, 16 * 65536, 16 * 9, 16 * 257, 0xFFFFFFF0, 0xFFFFFFFF])
+        odd["length"] = pick.choice(
+            [0, 1, 15, 16, 17, 16 * 65536, 16 * 9, 16 * 257, 0xFFFFFFF0, 0xFFFFFFFF]
+            + [16 * len(segments) + pick.randrange(-8, 16)] * 6
+        )
     elif what == 1:
         odd["flags"] = pick.choice([NEXT, WRITE, NEXT | WRITE, 0xFFF8])
         odd["next"] = pick.randrange(10)
@@ -114,7 +139,21 @@ def _table(make: Generator, queue: int, segments: list[Segment], odd: dict[str, 
 
 
 DEFECTS = (
-    *(_address, _length, _nearly, _nearly, _direction, _drop, _double, _swap, _overlap, _over_rings),
+    *(
+        _address,
+        _past,
+        _nested,
+        _long,
+        _length,
+        _nearly,
+        _nearly,
+        _direction,
+        _drop,
+        _double,
+        _swap,
+        _overlap,
+        _over_rings,
+    ),
     *(_flags, _following, _loop, _head, _jump, _table, _table),
 )
 

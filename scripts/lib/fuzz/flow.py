@@ -35,24 +35,28 @@ class Flow:
     def submit(self, driver: RingDriver, index: int, segments: list[Any], odd: dict[str, Any]) -> bool:
         """Make a chain available, see Rig.op_chain; False when there are not enough descriptors."""
         table = odd.get("indirect")
-        need = 1 if table is not None else len(segments)
+        direct = len(segments) if table is None else min(odd.get("direct", 0), len(segments) - 1)
+        need = direct + (table is not None)
         if need > len(self._free):
             return False
         places = [self._free.popleft() for _ in range(need)]
         head = places[0]
         self._under_way[head] = places
-        order = places if table is None else list(range(len(segments)))
+        order = [*places[:direct], *range(len(segments) - direct)]
         entries = self._entries(segments, order)
+        if 0 < direct < len(segments):
+            entries[direct - 1][3] = places[direct]
         for number, field, value in odd.get("entries", ()):
             entries[number % len(entries)][field] = value
         if "loop" in odd:
             entries[-1][2] |= NEXT
             entries[-1][3] = order[odd["loop"] % len(order)]
-        for place, entry in zip(order, entries, strict=True):
-            self._mem.poke((self._ring.desc if table is None else table) + 16 * place, DESC.pack(*entry))
+        for number, (place, entry) in enumerate(zip(order, entries, strict=True)):
+            base = self._ring.desc if table is None or number < direct else table
+            self._mem.poke(base + 16 * place, DESC.pack(*entry))
         if table is not None:
-            flags, length = INDIRECT | odd.get("flags", 0), odd.get("length", 16 * len(entries))
-            self._mem.poke(self._ring.desc + 16 * head, DESC.pack(table, length, flags, odd.get("next", 0)))
+            flags, length = INDIRECT | odd.get("flags", 0), odd.get("length", 16 * (len(entries) - direct))
+            self._mem.poke(self._ring.desc + 16 * places[-1], DESC.pack(table, length, flags, odd.get("next", 0)))
         driver.publish(index, odd.get("head", head))
         if jump := odd.get("jump"):
             self._ring.next_avail = self._ring.next_avail + jump & 0xFFFF

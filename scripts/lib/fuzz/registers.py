@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MMIO = sorted({int(reg.offset or 0) for reg in VirtioMmio.REGISTERS.values()})
 COMMON = sorted((int(reg.offset or 0), reg.width) for reg in VirtioPci.REGISTERS.values())
+WINDOW = 0x40 + 4 * pci.CAP_SIZE + 4  # the capability through which the BAR can be reached (4.1.4.9)
 STATUS = [0, 1, 3, 11, 15, 0x80, 0x8F, 0xFF, 0x40, 4, 8]
 
 
@@ -49,7 +50,17 @@ def _pci(make: Generator) -> None:
         _add(make, "device", pci.TABLE + 4 * pick.randrange(64), pick.choice([4, 8, 4, 2, 1]))
     elif chance < 0.7:
         _add(make, "device", pick.choice([pci.NOTIFY, pci.PBA, pci.ISR]) + pick.randrange(64), pick.choice([1, 2, 4]))
-    elif chance < 0.75:
+    elif chance < 0.73:
+        bar, size = pick.choice([0, 0, 0, 1, 6]), pick.choice([1, 2, 4, 4, 8, 0, 3, make.word(32)])
+        where = pick.choice([*COMMON, (pci.CONFIG, 4), (pci.TABLE, 4), (pci.BAR_SIZE - 1, 1), (make.word(32), 1)])[0]
+        for offset, width, value in (
+            (4, 1, bar),
+            (8, 4, where),
+            (12, 4, size),
+            (16, 4, pick.choice([None, 0, 1, 0xFF])),
+        ):
+            make.ops.append(["access", "config", WINDOW + offset, width, value])
+    elif chance < 0.77:
         _add(make, "device", pick.randrange(pci.BAR_SIZE), pick.choice([1, 2, 4, 8]))
     elif chance < 0.95:
         _add(make, "config", pick.choice([4, 0x10, 0x14, 0x34, 4 * pick.randrange(64)]), pick.choice([1, 2, 4]))

@@ -59,6 +59,7 @@ class Console(Kind):
     FEATURES = Kind.FEATURES | CONSOLE_F.SIZE | CONSOLE_F.MULTIPORT
     OPTIONAL = (F.INDIRECT_DESC, F.EVENT_IDX, CONSOLE_F.SIZE, CONSOLE_F.MULTIPORT)
     SIZES = (8,) * (2 * PORTS + 2)
+    DEFECT = 0.05
 
     def open(self, folder: Path) -> VirtioConsole:
         self.device = device = VirtioConsole(ports=PORTS)
@@ -152,6 +153,7 @@ RX, TX, EVENT = range(3)
 CID, HOST = 3, 2
 REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)
 LISTENING = 1024
+RESETS = 128  # answers that the device keeps
 CALLS = 1 << 30  # the ports of connections that the host makes
 
 
@@ -162,6 +164,7 @@ class Sockets(Kind):
     FEATURES = Kind.FEATURES | VSOCK_F.STREAM
     OPTIONAL = (F.INDIRECT_DESC, F.EVENT_IDX, VSOCK_F.STREAM)
     SIZES = (16, 16, 8)
+    DEFECT = 0.05
 
     def open(self, folder: Path) -> Vsock:
         self.device = Vsock(CID)
@@ -183,6 +186,10 @@ class Sockets(Kind):
             self._packet(make)
         elif chance < 0.8:
             make.chain(RX, [], [pick.choice([4096, 4096, 1500, 44, 45, 43, 0])])
+        elif chance < 0.805:  # none has a connection: each is answered, and nobody takes the answers
+            for number in range(RESETS + 20):
+                packet = PACKET.pack(CID, HOST, 9000, 9000 + number, 0, 1, RW, 0, 0, 0)
+                make.chain(TX, [packet], [], kick=0.3)
         elif chance < 0.82:
             make.chain(EVENT, [], [pick.choice([4, 8, 3])])
         elif chance < 0.86:
@@ -246,7 +253,7 @@ class Sockets(Kind):
             self.device.listen(LISTENING, self._keep)
 
     def rested(self) -> None:
-        if len(self.device._streams) > self.device.limit or len(self.device._resets) > 128 + 64:
+        if len(self.device._streams) > self.device.limit or len(self.device._resets) > RESETS + 1:
             raise Violation("bound", f"{len(self.device._streams)} streams, {len(self.device._resets)} resets")
 
     def works(self, rig: Rig) -> None:
