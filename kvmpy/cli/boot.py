@@ -45,8 +45,9 @@ def run(args: SimpleNamespace) -> int:
     foundation = Foundation(config)
     lock = None
     try:
-        lock = make_lock(args.sandbox, json=args.json)  # meanwhile
-        status: int = load_session().run(args, config, kind, path, timeout, lock, foundation)
+        session = load_session()  # meanwhile
+        lock = make_lock(args.sandbox, json=args.json)
+        status: int = session.run(args, config, kind, path, timeout, lock, foundation)
         return status
     finally:
         foundation.close()
@@ -68,9 +69,9 @@ def make_lock(level: str, *, json: bool) -> Lock | None:
     """What locks the process in, as --sandbox has it; None: nothing."""
     if level == OFF:
         return None
-    from .locked import Lock, check_level
-
-    return Lock(check_level(level), with_json=json)
+    locked = load("locked")
+    lock: Lock = locked.Lock(locked.check_level(level), with_json=json)
+    return lock
 
 
 def terminal_words() -> list[str]:

@@ -46,6 +46,9 @@ class Record:
 
     def __init__(self, *values: Any, **named: Any) -> None:
         fields, state = self.FIELDS, self.__dict__
+        if len(values) == len(fields) and not named:  # what most are
+            state.update(zip(fields, values, strict=True))
+            return
         if len(values) > len(fields):
             raise TypeError(f"{type(self).__name__} has {len(fields)} fields, not {len(values)}")
         given = dict(zip(fields, values, strict=False))
@@ -75,7 +78,13 @@ class Record:
 
 def replace(record: R, /, **changes: Any) -> R:
     """A copy with some fields changed."""
-    return type(record)(**{**vars(record), **changes})
+    state, fields = vars(record), record.FIELDS
+    for name in changes:
+        if name not in fields:
+            raise TypeError(f"{type(record).__name__}: {name!r} is no field")
+    copy = object.__new__(type(record))
+    vars(copy).update({name: state[name] for name in fields} | changes)
+    return copy
 
 
 def _refuse(record: Record, name: str, *value: object) -> None:

@@ -13,7 +13,7 @@ from ..core.errors import ConfigError, GuestError, GuestFileError, GuestLost, To
 from ..core.record import Record
 from . import protocol, tree
 from .link import Connect, Inbox, Link, fs_bytes, unexpected
-from .protocol import ENTRY_COST, EVERYTHING, LIMIT, MAX_DATA, TREE_LIMIT, UNCHANGED, FileRequest, How, Kind
+from .protocol import ENTRY_COST, EVERYTHING, FILE_COST, LIMIT, MAX_DATA, TREE_LIMIT, UNCHANGED, FileRequest, How, Kind
 
 if TYPE_CHECKING:
     from .changes import Change, Keeper
@@ -185,20 +185,29 @@ class Files:
         ours: Collection[str] = (),
         mounts: Collection[str] = (),
         keep: Keeper | None = None,
+        limit: int = LIMIT,
+        keep_limit: int = TREE_LIMIT,
     ) -> tuple[Change, ...]:
         """What differs in the root from what it was when the guest started; with `keep`, it gets all that.
 
-        `ours` and `mounts` are those of guest/changes.py. Raises also ConfigError where the root is no overlay.
+        `ours` and `mounts` are those of guest/changes.py. Raises also ConfigError where the root is no overlay, and
+        TooLarge when what is returned takes more than `limit` bytes (64 MiB: some 100,000 changes), or what is kept
+        more than `keep_limit` (16 GiB, with 4 KiB for each file).
         """
         from . import changes
 
-        found = []
+        found: list[Change] = []
+        cost = kept = 0
         filtered = changes.Changes(ours, mounts)
         how = _how(CONTENT=keep is not None)
         try:
             with _Request(self, Kind.CHANGES, changes.UPPER, changes.LOWER, how=how) as inbox:
                 while (frame := inbox.next())[0] != Kind.END:
+                    kept += FILE_COST if frame[0] == Kind.ENTRY else len(frame[2])
+                    if cost > limit or (keep is not None and kept > keep_limit):
+                        raise _too_large("/", f"more than {len(found)} changes, or too much in them")
                     if frame[0] == Kind.ENTRY:
+                        cost += ENTRY_COST + len(frame[2])
                         entry, name, target = protocol.parse_entry(frame[2])
                         if keep is not None:
                             keep.skip()

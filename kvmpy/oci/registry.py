@@ -144,6 +144,8 @@ class Registry:
         except urllib.error.HTTPError as error:
             with error:
                 challenge = error.headers.get("WWW-Authenticate", "")
+                if urllib.parse.urlsplit(error.url).netloc != self.reference.host:
+                    challenge = ""  # from somebody that the registry sent us to, who gets no login of ours
                 status = error.code
             if status != 401 or not challenge:
                 self._refuse(status, error.headers.get("Retry-After", ""))

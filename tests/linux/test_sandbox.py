@@ -116,9 +116,10 @@ def test_a_guest_that_says_too_much(sandbox: kvmpy.Sandbox) -> None:
 
 
 def test_a_guest_without_memory(sandbox: kvmpy.Sandbox) -> None:
+    """The command is killed, or told so; the agent stays."""
     done = sandbox.run("tail", "-c", "2000000000", "/dev/zero", timeout=LIMIT)
 
-    assert done.returncode == -9
+    assert done.returncode in (-signal.SIGKILL, 1)
     assert sandbox.run("echo", "here", timeout=LIMIT).stdout == b"here\n"
 
 

@@ -510,6 +510,17 @@ def test_an_endless_folder() -> None:
         speaking(entry * 1000).list("/x", limit=100_000)
 
 
+def test_endless_changes() -> None:
+    changes = b"".join(
+        frame(Kind.ENTRY, bytes(Entry(REG, 0, 0, protocol.Change.ADDED, 0, 0)) + protocol.strings(b"f%d" % number, b""))
+        for number in range(1000)
+    )
+
+    assert len(speaking(changes + END).changes()) == 1000
+    with pytest.raises(TooLarge, match="changes"):
+        speaking(changes + END).changes(limit=100_000)
+
+
 @pytest.mark.parametrize("name", [b"x" * 5000, b"x" * 60_000])
 def test_names_that_are_none(name: bytes) -> None:
     entry = frame(Kind.ENTRY, bytes(Entry(REG, 0, 0, 1, 0, 0)) + protocol.strings(name, b""))

@@ -41,6 +41,9 @@ class Server(ThreadingHTTPServer):
         self.manifests = {"latest": INDEX, digest(INDEX): INDEX, digest(IMAGE.manifest): IMAGE.manifest}
         self.blobs = dict(IMAGE.blobs)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is what many tests are about."""
+
     def answer(self, path: str, headers: dict[str, str]) -> Answer:
         for special in self.answers:
             if (found := special(path, headers)) is not None:
@@ -269,6 +272,24 @@ def test_blobs_that_are_elsewhere(server: Server) -> None:
     elsewhere.blobs[f"{LAYER}?signed=1"] = IMAGE.blobs[LAYER]
 
     assert pull(server).image is not None
+    elsewhere.shutdown()
+    elsewhere.server_close()
+    thread.join()
+
+    assert [("Authorization" in headers) for _, headers in elsewhere.requests] == [False]
+
+
+def test_a_login_is_for_nobody_that_the_registry_sends_to(server: Server, tmp_path: Path) -> None:
+    login = log_in(tmp_path, server.host)
+    server.answers.append(guarded(server, login))
+    elsewhere = Server()
+    thread = threading.Thread(target=elsewhere.serve_forever, args=(0.01,))
+    thread.start()
+    elsewhere.answers.append(guarded(elsewhere, login))
+    server.answers.append(only(LAYER, (307, {"Location": f"http://{elsewhere.host}/v2/tiny/blobs/{LAYER}"}, b"")))
+
+    with pytest.raises(ConfigError, match="does not give"):
+        pull(server)
     elsewhere.shutdown()
     elsewhere.server_close()
     thread.join()

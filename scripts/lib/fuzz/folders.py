@@ -36,7 +36,9 @@ class Folder(Kind):
     NAME = "fs"
     OPTIONAL = (F.INDIRECT_DESC, F.EVENT_IDX)
     SIZES = (8, 32)
+    DEFECT = 0.03
     READ_ONLY = False
+    _plain = False  # nothing is wrong with what is asked now
 
     def open(self, folder: Path) -> Fs:
         self.outside = folder
@@ -56,38 +58,48 @@ class Folder(Kind):
 
     def begin(self, make: Generator) -> None:
         if make.random.random() < 0.95:
+            self._plain = True
             self._ask(make, Op.INIT, INIT, 0)
             for name in (b"a", b"d", b"out"):
                 self._ask(make, Op.LOOKUP, name + b"\0", 1)
             self._ask(make, Op.OPEN, wire.OPEN_IN.pack(0 if self.READ_ONLY else 2, 0), 2)
             self._ask(make, Op.OPENDIR, wire.OPEN_IN.pack(0, 0), 1)
+            self._plain = False
 
     def request(self, make: Generator) -> None:
         pick = make.random
         op = pick.choice(
             [*Op, *Op, Op.LOOKUP, *[Op.READ, Op.WRITE] * 4, Op.CREATE, Op.READDIR, Op.READDIRPLUS, make.word(32)]
         )
+        if op == Op.DESTROY and pick.random() < 0.9:  # after which all is refused
+            op = Op.READ
         args, data = self._arguments(make, op)
         if pick.random() < 0.04:
             args = args[: pick.randrange(len(args) + 1)]
-        self._ask(make, op, args, pick.choice([1, 1, 1, 2, 3, 4, 5, 6, 7, make.word()]), data)
+        self._ask(
+            make, op, args, pick.choice([1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6, pick.randrange(20), make.word()]), data
+        )
 
     def _ask(self, make: Generator, op: int, args: bytes, node: int, data: bytes = b"") -> None:
         pick = make.random
         length = wire.IN_HEADER.size + len(args) + len(data)
-        if pick.random() < 0.02:
+        if pick.random() < 0.02 and not self._plain:
             length = pick.choice([0, 39, 40, length - 1, length + 1, 0xFFFFFFFF]) & 0xFFFFFFFF
         users = [pick.choice([0, 0, 1000, 0xFFFFFFFF]) for _ in range(2)]
         header = wire.IN_HEADER.pack(length, op, make.word(), node, *users, 1, 0, 0)
         silent = op in (Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT)
-        room = [] if silent else [wire.OUT_HEADER.size, pick.choice([4096, 4096, 144, 8, 0, 20000])]
+        room = (
+            []
+            if silent
+            else [wire.OUT_HEADER.size, pick.choice([*[4096] * (99 if self._plain else 9), 144, 8, 0, 20000])]
+        )
         queue = HIPRIO if silent and pick.random() < 0.9 else REQUESTS
         make.chain(queue, [header, args, data], room)
 
     def _arguments(self, make: Generator, op: int) -> tuple[bytes, bytes]:
         pick = make.random
         name, other = pick.choice(NAMES) + b"\0", pick.choice(NAMES) + b"\0"
-        fh = pick.choice([1, 1, 2, 2, 3, 4, 0, make.word()])
+        fh = pick.choice([1, 1, 1, 2, 2, 2, 3, 4, pick.randrange(10), make.word()])
         offset = pick.choice([0, 0, 1, 4096, 5000, 1 << 20, make.word()])
         size = pick.choice([0, 1, 100, 4096, 5000, 1 << 16, make.word(32)])
         mode = pick.choice([0o644, 0o755, 0o100644, 0o4755, 0o040755, 0o060644, 0o020644, 0o177777, make.word(32)])

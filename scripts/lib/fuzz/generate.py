@@ -12,7 +12,6 @@ from .ram import DATA, RANGES, RINGS
 Segment = list[Any]  # address, bytes, 1 if the device writes it, what the driver puts there (hex; repeated)
 
 CHAINS = 20  # of a case, about
-DEFECT = 0.1  # of the chains have one
 LOW_END = RANGES[0][0] + RANGES[0][1]
 HIGH, HIGH_END = RANGES[1][0], RANGES[1][0] + RANGES[1][1]
 
@@ -52,7 +51,9 @@ class Generator:
         if sum(24 * size + 64 for size in self.sizes) > DATA - RINGS:
             self.sizes = [8] * len(self.sizes)
         before, self.ops = self.ops, []
+        made = self._made
         self.kind.begin(self)
+        self._made = made
         self.ops = [*before, ["start", self.features, self.sizes, self.ops]]
 
     def _step(self) -> None:
@@ -86,7 +87,7 @@ class Generator:
             odd["indirect"] = self.place(16 * len(segments))
             if pick.random() < 0.3:
                 odd["direct"] = pick.randrange(len(segments))  # of them are in front of the table
-        if pick.random() < DEFECT:
+        if pick.random() < self.kind.DEFECT:
             defects.spoil(self, queue, segments, odd)
         self.ops.append(["chain", queue, segments, odd])
         self._made += 1

@@ -25,6 +25,7 @@ class Kind:
     FEATURES: ClassVar[int] = F.VERSION_1 | F.INDIRECT_DESC | F.EVENT_IDX
     OPTIONAL: ClassVar[Sequence[int]] = (F.INDIRECT_DESC, F.EVENT_IDX)  # of these a driver may go without
     SIZES: ClassVar[Sequence[int]]  # of the queues of a well-behaved driver
+    DEFECT: ClassVar[float] = 0.1  # of the chains have one; fewer where requests stand on those before
     QUEUE_SIZES: ClassVar[Sequence[int]] = (8, 16, 16, 32, 64)  # of which others choose
 
     # The device.

@@ -77,7 +77,7 @@ class Done(NamedTuple):
 
 def rings(queues: Sequence[Any]) -> list[Ring]:
     """Those of a device as they are now."""
-    return [Ring(q.size, q.desc, q.avail, q.used, q.ready, q.indirect, *q.positions) for q in queues]
+    return [Ring(q.size, q.desc, q.avail, q.used, q.ready, q.indirect, *q.positions[:2]) for q in queues]
 
 
 def walk(image: Image, ring: Ring, head: int, tables: list[Span]) -> tuple[list[Span], list[Span]] | None:
@@ -189,6 +189,8 @@ class Oracle:
                 head = given if given in heads else head
             tables: list[Span] = []
             chain = walk(before, was, head, tables)
+            if chain is None and heads is not None:
+                continue  # taken in an earlier step, since when its descriptors have changed
             if chain is None:
                 self._suspect += tables
                 self._wrong.append(

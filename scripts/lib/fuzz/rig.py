@@ -20,7 +20,7 @@ from .oracle import Oracle, Violation
 from .ram import DATA, RINGS, Ram
 
 ROUNDS = 300  # of the event loop, until a device has to come to rest
-PATIENCE = 3  # chains that a driver still makes before it sees that a reset is needed
+PATIENCE = 3  # chains that a driver still makes before it sees that the device does not work any more
 MAX_LOG_LINE = 500  # characters: a guest may fill no disk with one line
 MAX_LOG_LINES = 64  # for one operation
 
@@ -48,7 +48,7 @@ class Rig:
         self.flows: list[Flow] = []
         self.chains = 0  # made available so far
         self._restart: tuple[int, list[int], list[Op]] = (0, [], [])
-        self._late = 0  # chains since the device wanted a reset
+        self._late = 0  # chains since the device does not work any more
         self._beginning = False
         self._flip: tuple[int, list[bytes]] | None = None
         self._bar = (0, 0)
@@ -128,7 +128,7 @@ class Rig:
 
     def op_chain(self, index: int, segments: list[Any], odd: dict[str, Any]) -> None:
         """Make a chain available: [address, size, writable, data] of each part, `odd` has what is wrong with it."""
-        if self.core.status & STATUS.DEVICE_NEEDS_RESET:
+        if not self.core.running:
             self._late += not self._beginning
             if self._late == PATIENCE:
                 self.op_start(*self._restart)

@@ -59,6 +59,7 @@ class Console(Kind):
     FEATURES = Kind.FEATURES | CONSOLE_F.SIZE | CONSOLE_F.MULTIPORT
     OPTIONAL = (F.INDIRECT_DESC, F.EVENT_IDX, CONSOLE_F.SIZE, CONSOLE_F.MULTIPORT)
     SIZES = (8,) * (2 * PORTS + 2)
+    DEFECT = 0.05
 
     def open(self, folder: Path) -> VirtioConsole:
         self.device = device = VirtioConsole(ports=PORTS)
@@ -163,6 +164,7 @@ class Sockets(Kind):
     FEATURES = Kind.FEATURES | VSOCK_F.STREAM
     OPTIONAL = (F.INDIRECT_DESC, F.EVENT_IDX, VSOCK_F.STREAM)
     SIZES = (16, 16, 8)
+    DEFECT = 0.05
 
     def open(self, folder: Path) -> Vsock:
         self.device = Vsock(CID)
