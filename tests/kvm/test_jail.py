@@ -200,6 +200,24 @@ def test_a_device_that_imports_late_is_told_what_to_do(
     assert "ud2" not in done.stderr
 
 
+def test_what_a_balloon_loads_late_is_there(image: Callable[[str], Path], level: str, tmp_path: Path) -> None:
+    """With no disk beside it, which loads that too."""
+    (tmp_path / "asking.py").write_text(
+        "import kvmpy\nfrom kvmpy.core.board import Reason, Stop\n\n\n"
+        "class Asking(kvmpy.RegisterDevice, span=1):\n    VALUE = kvmpy.Reg(0)\n\n"
+        "    def __init__(self) -> None:\n        pass\n\n"
+        "    def attach(self, board):\n        self.board = board\n        board.pio(0x5E0, self.SPAN, self)\n\n"
+        "    def write_VALUE(self, value):\n        window = self.board.mem.window(0x2000, 1)\n"
+        "        self.board.stop(Stop(Reason.EXIT, status=self.board.mem.address(window) >> 12))\n"
+    )
+
+    done = boot(
+        *("--sandbox", level, "--device", "virtio-balloon", "--device", f"{tmp_path}/asking.py:Asking"), image(PROBE)
+    )
+
+    assert (done.returncode, done.stderr) == (2, "")
+
+
 def test_a_device_that_hangs_when_the_time_is_up(image: Callable[[str], Path], level: str, tmp_path: Path) -> None:
     """Python ends such a thread with a library that it loads only then, and dies over it."""
     (tmp_path / "slow.py").write_text(

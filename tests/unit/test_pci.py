@@ -167,6 +167,15 @@ def test_nothing_is_routed_before_the_unmasking(table: Msix, messages: list[Mess
     assert [message.routes for message in messages] == [0, 0, 0]
 
 
+def test_nothing_is_routed_while_msi_x_is_off(table: Msix, messages: list[MessageRecorder]) -> None:
+    table.write_control(table.control & ~CONTROL.ENABLE)
+    unmask(table, 1)
+    off = messages[1].routes
+    table.write_control(table.control | CONTROL.ENABLE)
+
+    assert (off, messages[1].routes) == (0, 1)
+
+
 def test_masked_vector_waits(table: Msix, messages: list[MessageRecorder]) -> None:
     table.signal(2)
     table.signal(2)
@@ -277,6 +286,10 @@ def test_msix_state(table: Msix, messages: list[MessageRecorder]) -> None:
 def test_number_of_vectors_that_cannot_be(vectors: int) -> None:
     with pytest.raises(ValueError, match=f"{vectors} MSI-X vectors"):
         Msix([MessageRecorder()] * vectors)
+
+
+def test_the_most_vectors_of_a_function() -> None:
+    assert Msix([MessageRecorder()] * 2048).control == 2047  # Table Size, less one
 
 
 # The bus.
