@@ -183,7 +183,7 @@ class _Owner:
         timeout = parse_seconds(args.timeout)
         sandbox, words = run.make_sandbox(args, self._words, self._claim, tty=args.tty)
         log = Recent(self._claim.folder / OUTPUT)
-        with sandbox:
+        with run.started(args, sandbox):
             threading.Thread(target=self._watch, name="kvmpy-watch", daemon=True).start()
             if not words:
                 return self._wait(sandbox)

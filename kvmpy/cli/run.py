@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, GuestLost
@@ -121,11 +123,10 @@ def attended(
     timeout = parse_seconds(args.timeout)
     sandbox, words = make_sandbox(args, words, claim, tty=tty, whole=whole)
     outcome.sandbox = sandbox
-    lock = boot.make_lock(args.sandbox, json=False)
-    if tty and lock is not None:
+    if tty and args.sandbox != boot.OFF:
         stand_by(0)
     try:
-        with sandbox.start(lock):
+        with started(args, sandbox):
             try:
                 with sandbox.popen(*words, **command.streams(tty=tty)) as process:
                     outcome.process = process
@@ -140,6 +141,15 @@ def attended(
         lines = sandbox.logs().splitlines()[-TAIL:]
         tell("\n".join([f"kvmpy: {printable(str(error))}", *(f"| {printable(line)}" for line in lines)]))
         return error.status
+
+
+@contextmanager
+def started(args: argparse.Namespace, sandbox: Sandbox) -> Iterator[None]:
+    """The machine runs, as long as the block does, and this process is locked in as --sandbox has it."""
+    lock = boot.make_lock(args.sandbox, json=False)
+    try:
+        with sandbox.start(lock):
+            yield
     finally:
         if lock is not None:
             lock.close()

@@ -64,8 +64,8 @@ def test_a_session(cloud: Path, runtime: dict[str, str], start: Start, tmp_path:
     begun = kvmpy("run", "-d", "--name", "one", *options, "--", "sh", "-c", talk)
     again = kvmpy("run", "-d", "--name", "one", *options)
     echoed = kvmpy("exec", "one", "--", "sh", "-c", "cat; echo $A >&2; exit 7", input=data)
-    copied = kvmpy("cp", str(tmp_path / "tree"), "one:/opt")
-    back = kvmpy("cp", "one:/opt", str(tmp_path / "back"))
+    copied = kvmpy("cp", str(tmp_path / "tree"), "one:/copied")
+    back = kvmpy("cp", "one:/copied", str(tmp_path / "back"))
     missing = kvmpy("exec", "one", "no-such-command")
     follower = start(KVMPY, "logs", "-f", "one")
     follower.expect("tick\ntick\n")
@@ -83,8 +83,8 @@ def test_a_session(cloud: Path, runtime: dict[str, str], start: Start, tmp_path:
     assert (begun, again.status) == ((0, "one\n", ""), 125)
     assert echoed == (7, data.decode("latin-1"), "1\n")
     assert (copied.status, back.status, missing.status) == (0, 0, 127)
-    assert (tmp_path / "back/tree/link").readlink() == Path("inner/data")
-    assert (tmp_path / "back/tree/inner/data").read_bytes() == data
+    assert (tmp_path / "back/link").readlink() == Path("inner/data")
+    assert (tmp_path / "back/inner/data").read_bytes() == data
     lost = f'kvmpy: machine "one" is lost: process {facts["pid"]}, which owned it, has died\n'
     assert follower.end() == (0, follower.stdout, follower.stderr)
     assert follower.stderr.endswith(lost)

@@ -12,6 +12,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 from kvmpy import cli, sandbox
@@ -33,14 +34,20 @@ class NativeSandbox(sandbox.Sandbox):
         self._path, self._endpoint = vsock, endpoint
         self.machine.stop = self._stop  # type: ignore[method-assign]
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_locked_in = False
 
-    def start(self) -> Self:
+    def __enter__(self) -> Self:
+        return self if self._process is not None else self.start()
+
+    def start(self, lock: Any = None) -> Self:
         gate = os.environ.get("KVMPY_TEST_START")
         while gate and not Path(gate).exists():
             threading.Event().wait(0.01)
         assert self._path is not None
         inner = self._path.with_name("agent")
-        self._process = subprocess.Popen([os.environ["AGENT"], inner], process_group=0, stdin=subprocess.DEVNULL)
+        null = subprocess.DEVNULL
+        words = [os.environ["AGENT"], inner]
+        self._process = subprocess.Popen(words, process_group=0, stdin=null, stdout=null, stderr=null)
         self._path.with_name("agent.pid").write_text(str(self._process.pid))
         self._agent = Agent(lambda: _connect(inner))
         self._agent.wait_until_ready(SECONDS)
@@ -52,6 +59,11 @@ class NativeSandbox(sandbox.Sandbox):
             console = self._endpoint(self._loop, Console(self._loop))
             console.write(b"hello from the console\n")
         self._loop.start()
+        if lock is not None:  # as with a machine that has the host's files
+            self._is_locked_in = True
+            device = SimpleNamespace(reaches=True, folders=((Path("/"), False),), longest_file=0)
+            board = SimpleNamespace(virtio_devices=lambda: [device])
+            lock.lock_down(SimpleNamespace(board=board, config=SimpleNamespace(exec=None)))
         return self
 
     def _stop(self, why: Stop) -> None:
@@ -60,7 +72,7 @@ class NativeSandbox(sandbox.Sandbox):
 
     def close(self) -> None:
         self.machine.stop(Stop(Reason.QUIT))
-        if self._process is not None:
+        if self._process is not None and not self._is_locked_in:  # else the test does it
             self._process.kill()
             self._process.wait()
             self._process = None

@@ -229,6 +229,31 @@ def test_stop_asks_first(kvmpy: Kvmpy, tmp_path: Path) -> None:
     assert kvmpy("stop", "job") == (0, "", "")
 
 
+def test_an_owner_that_is_locked_in(kvmpy: Kvmpy, tmp_path: Path) -> None:
+    words = ["sh", "-c", f"trap 'echo asked; exit 4' TERM; touch {tmp_path}/up; {LOOP}"]
+    begun = kvmpy("run", "-d", "--name", "job", "--sandbox", "default", *words)
+    wait_for((tmp_path / "up").exists)
+    found = Path(f"/proc/{named.find('job').facts['pid']}/status").read_text()
+
+    assert begun == (0, "job\n", "")
+    assert "Seccomp:\t2" in found
+    assert kvmpy("exec", "job", "echo", "there") == (0, "there\n", "")
+    assert kvmpy("stop", "job") == (0, "", "")
+    assert kvmpy("wait", "job") == (4, "", "")
+    assert kvmpy("logs", "job").stdout == "asked\n"  # its shell may tell that the sleep was terminated
+    assert (named.find("job").folder / "owner").read_text() == ""
+
+
+def test_a_foreground_that_is_locked_in(kvmpy: Kvmpy, tmp_path: Path) -> None:
+    told = tmp_path / "how"
+
+    done = kvmpy("run", "--name", "job", "--sandbox", "default", "--json", str(told), "sh", "-c", "echo out; exit 3")
+
+    assert done == (3, "out\n", "")
+    assert kvmpy("wait", "job") == (3, "", "")
+    assert json.loads(told.read_text())["reason"] == "exited"
+
+
 def test_stop_does_not_ask_for_ever(kvmpy: Kvmpy, tmp_path: Path) -> None:
     kvmpy("run", "-d", "--name", "job", "sh", "-c", f"trap '' TERM; touch {tmp_path}/up; {LOOP}")
     wait_for((tmp_path / "up").exists)
