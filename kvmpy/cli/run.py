@@ -125,7 +125,7 @@ def attended(
     if tty and lock is not None:
         stand_by(0)
     try:
-        with sandbox.start(lock):
+        with sandbox if lock is None else sandbox.start(lock):
             try:
                 with sandbox.popen(*words, **command.streams(tty=tty)) as process:
                     outcome.process = process
