@@ -61,5 +61,6 @@ def test_readme_example(cloud: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"import kvmpy\n{program}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert {line.partition(" path=")[0] for line in done.stderr.splitlines()} == {"kvmpy: warning: disk error"}
     assert (tmp_path / "disk.img").read_bytes()[51200:51205] == b"kept\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -95,3 +97,20 @@ def test_table_has_each_contender(harness: ModuleType) -> None:
 
     assert "1,234" in text
     assert "12.35 (12.35..12.35)" in text  # x QEMU
+
+
+def test_rounds_in_another_host(harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has failed there is left out, with what it did."""
+    emulated = importlib.import_module("bench.emulated")
+    results = {"rounds": {"a": [{"cold [ms]": 1.0}, {"cold [ms]": 3.0}], "b": []}, "failures": {"b": "timed out"}}
+
+    def run(words: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(emulated.subprocess, "run", run)
+    row = harness.Row("run")
+    row.measure(harness.Options(2, 0.1, False, tmp_path, ""), emulated.rounds("program.py", tmp_path, {}, 10))
+
+    assert row.figures == {("cold", "ms"): {"a": [1.0, 3.0]}}
+    assert row.failures == ["run: b timed out"]

@@ -251,21 +251,24 @@ def test_hostile_44_both_directions_full(rig: Rig) -> None:
 
 def test_hostile_45_flood_of_tiny_frames_has_a_quota(plugged: Callable[..., Rig]) -> None:
     """A driver that wants to hear of all hears of so many in one turn of the loop, in each direction, however often it
-    tells the device to look."""
+    tells the device to look; of fewer, where the host is busy."""
     rig = plugged()
     rig.start(MERGE & ~F.EVENT_IDX)
     rig.offer(*[100] * 200)
     rig.wire.send(*[FRAME] * 200)
     for _ in range(200):
         rig.driver.submit(NET_TX, [PLAIN + FRAME])
-    counts = []
+    received, sent = [], []
 
-    for _ in range(3):
+    while sum(received) < 200 or sum(sent) < 200:
         rig.driver.kick(NET_RX)
         rig.driver.kick(NET_TX)
-        counts.append((len(rig.received()), len(rig.driver.used(NET_TX))))
+        received.append(len(rig.received()))
+        sent.append(len(rig.driver.used(NET_TX)))
+        assert received[-1] or sent[-1]
 
-    assert counts == [(2 * BATCH, BATCH), (200 - 2 * BATCH, 2 * BATCH), (0, 200 - 3 * BATCH)]
+    assert max(received) <= 2 * BATCH  # two turns
+    assert max(sent) <= 2 * BATCH
 
 
 def test_hostile_45_flood_without_interrupts_has_a_quota(plugged: Callable[..., Rig]) -> None:

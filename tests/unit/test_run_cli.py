@@ -120,7 +120,7 @@ def test_who_closes_a_sandbox_that_starts_waits_for_that(monkeypatch: pytest.Mon
     sandbox = kvmpy.Sandbox()
     begun, events = threading.Event(), list[str]()
 
-    def start(lock_down: object) -> None:
+    def start(*_: object) -> None:
         begun.set()
         deadline = time.monotonic() + 10
         while not sandbox.machine._stops and time.monotonic() < deadline:

@@ -1,8 +1,8 @@
 """Rows whose guests are Linux: all contenders' runs happen in one host that has KVM for it (scripts/linux-host).
 
-A program in that host does the rounds: PROGRAM FOLDER reads task.json there, and leaves results.json: for each
-contender a list with one object for each round, whose members are figures. Where the host is emulated, its times say
-nothing, only their ratios.
+A program in that host does the rounds: PROGRAM FOLDER reads task.json there, and leaves results.json: `rounds` has for
+each contender a list with one object for each round, whose members are figures, and `failures` what a contender did
+instead of its part. Where the host is emulated, its times say nothing, only their ratios.
 """
 
 from __future__ import annotations
@@ -34,13 +34,21 @@ def rounds(program: str, folder: Path, task: dict[str, Any], time_limit: int) ->
     (folder / "task.json").write_text(json.dumps(task))
     words = [ROOT / "scripts/linux-host", "--timeout", time_limit, "--rw", folder, "--"]
     words += [sys.executable, Path(__file__).parent / program, folder]
-    subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
+    status = subprocess.run([str(word) for word in words], cwd=ROOT).returncode
+    if status:
+        raise Failed(f"{program} in scripts/linux-host ended with status {status}")
     results = json.loads((folder / "results.json").read_text())
-    return {name: partial(_one_round, iter(rounds)) for name, rounds in results.items()}
+    failures = results["failures"]
+    return {
+        name: partial(_one_round, iter(rounds), failures.get(name, "")) for name, rounds in results["rounds"].items()
+    }
 
 
-def _one_round(rounds: Iterator[dict[str, float]]) -> Iterator[Figure]:
-    """Figures whose names end with their units in brackets."""
-    for name, value in next(rounds).items():
+def _one_round(rounds: Iterator[dict[str, float]], failure: str) -> Iterator[Figure]:
+    """Figures whose names end with their units in brackets; raises Failed when there are no more."""
+    figures = next(rounds, None)
+    if figures is None:
+        raise Failed(failure)
+    for name, value in figures.items():
         case, _, unit = name.rpartition(" [")
         yield Figure(case, unit.rstrip("]"), value)

@@ -16,7 +16,7 @@ from . import emulated
 from .contenders import BUILD, LINUX
 from .harness import QEMU, Options, Run
 
-TIME_LIMIT = 900  # seconds for all rounds
+TIME_LIMIT = 1800  # seconds for all rounds
 MEM = 512  # MiB
 FOLDERS, FILES, SIZES = 20, 40, (300, 2000, 9000, 40_000)  # of the tree: each folder has so many files of these sizes
 BIG = 64 << 20

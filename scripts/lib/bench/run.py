@@ -14,7 +14,7 @@ from . import emulated
 from .contenders import BUILD
 from .harness import QEMU, Options, Run
 
-TIME_LIMIT = 900  # seconds for all rounds
+TIME_LIMIT = 1800  # seconds for all rounds
 WARM = 30  # commands in a sandbox, in each round
 MEM = 512  # MiB
 COMMAND = "/bin/true"
