@@ -126,11 +126,7 @@ def attended(
     if tty and args.sandbox != boot.OFF:
         stand_by(0)
     try:
-<<<<<<< HEAD
         with started(args, sandbox):
-=======
-        with sandbox if lock is None else sandbox.start(lock):
->>>>>>> long
             try:
                 with sandbox.popen(*words, **command.streams(tty=tty)) as process:
                     outcome.process = process
