@@ -13,7 +13,7 @@ from pathlib import Path
 
 from arena import REPORT_BYTES, machine, place
 
-from kvmpy.cli.locked import Lock
+from kvmpy.cli.locked import Lock, leave
 
 LEVEL, FOLDER, PEER = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 GUEST, BINARIES = pickle.loads((FOLDER / "guest").read_bytes())
@@ -34,4 +34,4 @@ LOCK.close()
 assert REPORT, "there is no crash report"
 assert len(REPORT) < REPORT_BYTES
 print(json.dumps({"reason": STOP.reason.name, "status": STOP.status, "vcpus": len(json.loads(FACTS)["vcpus"])}))
-sys.exit(LOCK.leave(0))
+leave(0)

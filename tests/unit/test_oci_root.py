@@ -460,7 +460,7 @@ def test_an_entrypoint_of_kvmpy_run(path: Path, monkeypatch: pytest.MonkeyPatch)
     class Started(Exception):
         pass
 
-    def start(self: kvmpy.Sandbox) -> None:
+    def start(self: kvmpy.Sandbox, lock: object) -> None:
         raise Started
 
     def argv(self: Any, words: list[str]) -> list[str]:
