@@ -67,10 +67,12 @@ def test_a_session(cloud: Path, runtime: dict[str, str], start: Start, tmp_path:
     copied = kvmpy("cp", str(tmp_path / "tree"), "one:/copied")
     back = kvmpy("cp", "one:/copied", str(tmp_path / "back"))
     missing = kvmpy("exec", "one", "no-such-command")
-    follower = start(KVMPY, "logs", "-f", "one")
+    assert (begun.status, begun.stderr) == (0, "")
+    here = ["env", f"XDG_RUNTIME_DIR={runtime['XDG_RUNTIME_DIR']}", KVMPY]
+    follower = start(*here, "logs", "-f", "one")
     follower.expect("tick\ntick\n")
     terminal = "trap 'echo caught' INT; trap 'stty size' WINCH; echo ready; while :; do sleep 0.1; done"
-    at_terminal = start(KVMPY, "exec", "-it", "one", "sh", "-c", terminal, terminal=True)
+    at_terminal = start(*here, "exec", "-it", "one", "sh", "-c", terminal, terminal=True)
     at_terminal.expect("ready\r\n")
     at_terminal.type("\x03")
     at_terminal.expect("caught\r\n")
