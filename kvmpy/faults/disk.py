@@ -54,15 +54,13 @@ class Delay(DiskFault, frozen=True):
     seconds: float = 0.1
 
 
-class FaultyImage:
-    """`image` with the faults of `plan`. Its bytes are not to be had without it, so no twin in C goes round it."""
+class Layer:
+    """An image in front of `image`. Its bytes are not to be had without it, so no twin in C goes round it."""
 
     fd = -1
 
-    def __init__(self, image: Image, plan: Plan) -> None:
+    def __init__(self, image: Image) -> None:
         self._image = image
-        self._plan = plan
-        self._flush_failed = 0
 
     @property
     def size(self) -> int:
@@ -71,6 +69,15 @@ class FaultyImage:
     @property
     def read_only(self) -> bool:
         return self._image.read_only
+
+
+class FaultyImage(Layer):
+    """`image` with the faults of `plan`."""
+
+    def __init__(self, image: Image, plan: Plan) -> None:
+        super().__init__(image)
+        self._plan = plan
+        self._flush_failed = 0
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         for at, length in self._parts(READ, offset, total(buffers)):

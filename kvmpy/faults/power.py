@@ -15,7 +15,7 @@ from ..core.buffers import ZEROES, pieces, total
 from ..core.errors import ConfigError
 from ..core.record import Record
 from ..host.disk import SECTOR, Image
-from .disk import FLUSH, WRITE, DiskFault
+from .disk import FLUSH, WRITE, DiskFault, Layer
 from .plan import Plan
 
 BLOCK = 4096  # bytes that a disk writes wholly or not at all: the physical block that virtio-blk announces
@@ -116,24 +116,7 @@ def _apply(image: bytearray, offset: int, buffers: Sequence[memoryview]) -> None
         offset += len(buffer)
 
 
-class _Layer:
-    """An image in front of `image`. Its bytes are not to be had without it, so no twin in C goes round it."""
-
-    fd = -1
-
-    def __init__(self, image: Image) -> None:
-        self._image = image
-
-    @property
-    def size(self) -> int:
-        return self._image.size
-
-    @property
-    def read_only(self) -> bool:
-        return self._image.read_only
-
-
-class LoggedImage(_Layer):
+class LoggedImage(Layer):
     """`image`, with a log of what changes it."""
 
     def __init__(self, image: Image, log: WriteLog) -> None:
@@ -164,7 +147,7 @@ class LoggedImage(_Layer):
         self._image.close()
 
 
-class VolatileImage(_Layer):
+class VolatileImage(Layer):
     """`image` behind a cache that loses what was not flushed when one of the faults of `plan`, PowerCuts, happens;
     `off` is called then."""
 
