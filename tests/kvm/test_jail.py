@@ -45,6 +45,20 @@ def image(tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
+def begin(name: str) -> str:
+    """The source of a device at the port of PROBE, but for what a write does."""
+    return f"""class {name}(kvmpy.RegisterDevice, span=1):
+    VALUE = kvmpy.Reg(0)
+
+    def __init__(self) -> None:
+        pass
+
+    def attach(self, board):
+        board.pio(0x5E0, self.SPAN, self)
+
+"""
+
+
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> str:
     if request.param == "strict":
@@ -169,10 +183,9 @@ def test_the_facts_are_the_same(image: Callable[[str], Path], level: str) -> Non
 
 def test_a_device_that_fails_is_told_with_its_source(image: Callable[[str], Path], level: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(
-        "import kvmpy\n\n\nclass Broken(kvmpy.RegisterDevice, span=1):\n    VALUE = kvmpy.Reg(0)\n\n"
-        "    def __init__(self) -> None:\n        pass\n\n"
-        "    def attach(self, board):\n        board.pio(0x5E0, self.SPAN, self)\n\n"
-        "    def write_VALUE(self, value):\n        raise ZeroDivisionError('on purpose')\n"
+        "import kvmpy\n\n\n"
+        + begin("Broken")
+        + "    def write_VALUE(self, value):\n        raise ZeroDivisionError('on purpose')\n"
     )
 
     done = boot("--sandbox", level, "--device", f"{tmp_path}/broken.py:Broken", image(PROBE))
@@ -187,10 +200,7 @@ def test_a_device_that_imports_late_is_told_what_to_do(
     image: Callable[[str], Path], level: str, tmp_path: Path
 ) -> None:
     (tmp_path / "late.py").write_text(
-        "import kvmpy\n\n\nclass Late(kvmpy.RegisterDevice, span=1):\n    VALUE = kvmpy.Reg(0)\n\n"
-        "    def __init__(self) -> None:\n        pass\n\n"
-        "    def attach(self, board):\n        board.pio(0x5E0, self.SPAN, self)\n\n"
-        "    def write_VALUE(self, value):\n        import wave\n"
+        "import kvmpy\n\n\n" + begin("Late") + "    def write_VALUE(self, value):\n        import wave\n"
     )
 
     done = boot("--sandbox", level, "--device", f"{tmp_path}/late.py:Late", image(PROBE))
@@ -221,10 +231,9 @@ def test_what_a_balloon_loads_late_is_there(image: Callable[[str], Path], level:
 def test_a_device_that_hangs_when_the_time_is_up(image: Callable[[str], Path], level: str, tmp_path: Path) -> None:
     """Python ends such a thread with a library that it loads only then, and dies over it."""
     (tmp_path / "slow.py").write_text(
-        "import time\n\nimport kvmpy\n\n\nclass Slow(kvmpy.RegisterDevice, span=1):\n    VALUE = kvmpy.Reg(0)\n\n"
-        "    def __init__(self) -> None:\n        pass\n\n"
-        "    def attach(self, board):\n        board.pio(0x5E0, self.SPAN, self)\n\n"
-        "    def write_VALUE(self, value):\n        time.sleep(2.5)\n"
+        "import time\n\nimport kvmpy\n\n\n"
+        + begin("Slow")
+        + "    def write_VALUE(self, value):\n        time.sleep(2.5)\n"
     )
 
     done = boot("--sandbox", level, "--timeout", "1", "-q", "--device", f"{tmp_path}/slow.py:Slow", image(PROBE))
