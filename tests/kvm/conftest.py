@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from rig import GUESTS, Rig, emulates_kernel_code
 
 from kvmpy.kvm.handle import Kvm
 
+SECTOR = 512
+
 
 @pytest.fixture(scope="session", autouse=True)
 def guests() -> None:
     """The tiny guests, built from their sources."""
     subprocess.run(["make", "-s", "-C", str(GUESTS), "tiny"], check=True)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Callable[[bytes], Path]:
+    """A boot sector of this code."""
+
+    def make(code: bytes) -> Path:
+        path = tmp_path / "sector.bin"
+        path.write_bytes(code.ljust(SECTOR - 2, b"\0") + b"\x55\xaa")
+        return path
+
+    return make
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from kvmpy.report import crash_report
 from kvmpy.virtio.blk import Blk
 
 SECONDS = 30.0
-SECTOR = 512
 PORT = 0x5E0
 TOUCH = bytes.fromhex("bae005 b001 ee ebfe")  # mov dx,5E0h; mov al,1; out dx,al; jmp $
 TALK = bytes.fromhex("baf803 b078 ee ebfe")  # mov dx,3F8h; mov al,'x'; out dx,al; jmp $
@@ -98,18 +97,6 @@ HARMS: dict[str, Callable[[Broken], object]] = {
     "SystemExit on a vCPU": leave,
     "SystemExit on the io loop": lambda device: device.board.loop.call_soon(leave),
 }
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Callable[[bytes], Path]:
-    """A boot sector of this code."""
-
-    def make(code: bytes) -> Path:
-        path = tmp_path / "sector.bin"
-        path.write_bytes(code.ljust(SECTOR - 2, b"\0") + b"\x55\xaa")
-        return path
-
-    return make
 
 
 @pytest.fixture(autouse=True)

@@ -38,18 +38,6 @@ SAY_AND_WAIT = bytes.fromhex("baf803 b078 ee fb f4 ebfc")  # ...; sti; hlt; jmp 
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Callable[[bytes], Path]:
-    """A boot sector of this code."""
-
-    def make(code: bytes) -> Path:
-        path = tmp_path / "sector.bin"
-        path.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa")
-        return path
-
-    return make
-
-
-@pytest.fixture
 def devices(tmp_path: Path) -> Iterator[Callable[[], list[kvmpy.VirtioDevice]]]:
     """One of each kind, as often as it is called."""
     (tmp_path / "disk").write_bytes(bytes(1 << 20))

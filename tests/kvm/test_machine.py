@@ -25,7 +25,6 @@ from kvmpy.core.errors import NotFoundError
 from kvmpy.x86 import layout
 
 SECONDS = 30.0
-SECTOR = 512
 
 # Machine code for 7C00h, real mode.
 POWER_OFF = bytes.fromhex("ba0006 b034 ee fa f4")  # mov dx,600h; mov al,34h (SLP_EN, S5); out dx,al; cli; hlt
@@ -37,18 +36,6 @@ TRIPLE_FAULT = bytes.fromhex("0f011e207c 0f20c0 0c01 0f22c0 0f0b")
 EXIT_7 = bytes.fromhex("ba0205 b007 ee fa f4")  # mov dx,502h; mov al,7; out dx,al; cli; hlt
 IDLE = bytes.fromhex("fb f4 ebfc")  # sti; hlt; jmp back: halted, but an interrupt would wake it
 CHATTER = bytes.fromhex("baf803 b078 ee ebfd")  # mov dx,3F8h; mov al,'x'; out dx,al; jmp back
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Callable[[bytes], Path]:
-    """A boot sector of this code."""
-
-    def make(code: bytes) -> Path:
-        path = tmp_path / "sector.bin"
-        path.write_bytes(code.ljust(SECTOR - 2, b"\0") + b"\x55\xaa")
-        return path
-
-    return make
 
 
 @pytest.fixture

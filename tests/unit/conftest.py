@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from agents import NativeAgent, build, running
 from balloons import balloon
 from consoles import switchboard, terminal
 from disks import connect, disk, engine, path, syncs
@@ -46,6 +47,15 @@ DEVICES: dict[str, Callable[[Path], VirtioDevice]] = {
     "vsock": lambda image: Vsock(),
     "fs": lambda image: Fs(path=image.parent, tag="share"),
 }
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeAgent]:
+    """The guest's agent, as a process that has nothing to complain of."""
+    folder = tmp_path_factory.mktemp("agent")
+    with running(build(folder), folder) as agent:
+        yield agent
+    assert (folder / "says").read_bytes() == b""
 
 
 @pytest.fixture(params=["mmio", "pci"])

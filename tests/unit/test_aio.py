@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any, Self
 
 import pytest
-from agents import LIMIT, NativeAgent, build, has_ended, running
+from agents import LIMIT, NativeAgent, has_ended
 
 import kvmpy
 from kvmpy import aio
 from kvmpy.guest import changes
 from kvmpy.sandbox import Sandbox
-
-
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeAgent]:
-    folder = tmp_path_factory.mktemp("agent")
-    with running(build(folder), folder) as agent:
-        yield agent
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agents import NativeAgent, build, running
+from agents import NativeAgent
 
 from kvmpy.core.errors import ConfigError, GuestError
 from kvmpy.guest import changes
@@ -17,14 +16,6 @@ from kvmpy.guest.protocol import Change, Entry
 
 OPAQUE = "trusted.overlay.opaque"
 DIR, REG, LNK = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777
-
-
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeAgent]:
-    folder = tmp_path_factory.mktemp("agent")
-    with running(build(folder), folder) as agent:
-        yield agent
-    assert (folder / "says").read_bytes() == b""
 
 
 @pytest.fixture

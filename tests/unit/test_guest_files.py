@@ -7,12 +7,12 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from agents import NativeAgent, build, running
+from agents import NativeAgent
 
 from kvmpy.core.errors import (
     ConfigError,
@@ -30,14 +30,6 @@ from kvmpy.guest.protocol import HELLO, UNCHANGED, Entry, FileRequest, How, Kind
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 GREETING = frame(Kind.HELLO, HELLO)
-
-
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeAgent]:
-    folder = tmp_path_factory.mktemp("agent")
-    with running(build(folder), folder) as agent:
-        yield agent
-    assert (folder / "says").read_bytes() == b""
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-from agents import LIMIT, NativeAgent, build, running
+from agents import LIMIT, NativeAgent
 
 # `kvmpy run` without the machine: SOCKET TTY TIMEOUT CMD...
 PROGRAM = """
@@ -58,13 +58,6 @@ sys.exit(status)
 """
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
-
-
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeAgent]:
-    folder = tmp_path_factory.mktemp("agent")
-    with running(build(folder), folder) as agent:
-        yield agent
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
 import pytest
-from agents import NativeAgent, build, running
+from agents import NativeAgent
 
 import kvmpy
 from kvmpy import cli, machine
@@ -155,13 +154,6 @@ def test_errors_say_where_and_what_to_do() -> None:
     error = kvmpy.CommandError("exec", 2, "command x", "install it", status=127)
 
     assert (error.stage, error.errno, error.hint, error.status) == ("exec", 2, "install it", 127)
-
-
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeAgent]:
-    folder = tmp_path_factory.mktemp("agent")
-    with running(build(folder), folder) as agent:
-        yield agent
 
 
 @pytest.fixture
