@@ -184,12 +184,13 @@ class _Owner:
         sandbox, words = run.make_sandbox(args, self._words, self._claim, tty=args.tty)
         log = Recent(self._claim.folder / OUTPUT)
         with run.started(args, sandbox):
+            self._claim.note(running=True)
             threading.Thread(target=self._watch, name="kvmpy-watch", daemon=True).start()
             if not words:
                 return self._wait(sandbox)
             streams = command.streams(tty=args.tty, stdin=False)
             with sandbox.popen(*words, **streams) as process:
-                self._ready()
+                self._answer({})
                 return how_it_ended(Keeper(process, log).run(timeout))
 
     def _wait(self, sandbox: Sandbox) -> dict[str, Any]:
@@ -200,17 +201,13 @@ class _Owner:
 
         for number in relay.ENDING:
             signal.signal(number, end)
-        self._ready()
+        self._answer({})
         stop = sandbox.wait()
         assert stop is not None
         if stop.reason in ENDED_ORDERLY:
             return how_it_ended(0)
         tell(sandbox.report)
         return {"why": str(stop)}
-
-    def _ready(self) -> None:
-        self._claim.note(running=True)
-        self._answer({})
 
     def _answer(self, error: dict[str, Any]) -> None:
         """Tell the parent, once: nothing went wrong, or what."""

@@ -127,11 +127,11 @@ def attended(
         stand_by(0)
     try:
         with started(args, sandbox):
+            if claim is not None:
+                claim.note(running=True)
             try:
                 with sandbox.popen(*words, **command.streams(tty=tty)) as process:
                     outcome.process = process
-                    if claim is not None:
-                        claim.note(running=True)
                     return relay.Relay(process, tty=tty).run(timeout)
             finally:
                 if not isinstance(sys.exception(), GuestLost):

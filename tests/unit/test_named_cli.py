@@ -314,6 +314,13 @@ def test_a_machine_in_the_foreground(kvmpy: Kvmpy, tmp_path: Path) -> None:
     assert "exited 6" in kvmpy("ps", "--all").stdout
 
 
+def test_a_machine_runs_before_its_command_does(kvmpy: Kvmpy) -> None:
+    """Else whoever waits for what the command does is told that the machine is starting."""
+    assert kvmpy("run", "--name", "job", "no-such-command").status == 127
+
+    assert named.find("job").facts["running"]
+
+
 def test_a_machine_in_the_foreground_is_stopped(kvmpy: Kvmpy, tmp_path: Path) -> None:
     process = start("run", "--name", "job", "sh", "-c", f"touch {tmp_path}/up; {LOOP}")
     wait_for((tmp_path / "up").exists)
