@@ -11,9 +11,11 @@ Names are loaded when they are first used: `import kvmpy` by itself costs next t
 
 from __future__ import annotations
 
-from .core.typed import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # type checkers take it for True, whatever it says
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from .aio import AsyncSandbox as AsyncSandbox
     from .config import MachineConfig as MachineConfig
     from .console import ConsoleTimeout as ConsoleTimeout

@@ -16,14 +16,15 @@ from .x86 import cpuid, layout
 
 
 class Foundation:
-    """KVM, a VM and RAM for `config`, which are there when `await_it` returns; until then, nobody uses them."""
+    """KVM, a VM and RAM for `config`. They are there from the beginning; when `await_it` has returned, the guest sees
+    its RAM and has all controllers."""
 
     kvm: Kvm
     memory: GuestMemory
     vm: Vm
 
     def __init__(self, config: MachineConfig) -> None:
-        """Begin; nothing is raised before `await_it`."""
+        """Begin; nothing is raised before `begun` and `await_it`."""
         self._config = config
         self._error: KvmpyError | None = None
         self._thread: threading.Thread | None = None
@@ -39,6 +40,12 @@ class Foundation:
             self._finish()
         else:
             self._thread = thread
+
+    def begun(self) -> tuple[Kvm, GuestMemory, Vm]:
+        """What others may build upon; raises ConfigError, HostError or KvmError if it could not be had."""
+        if self._thread is None:
+            self.await_it()
+        return self.kvm, self.memory, self.vm
 
     def await_it(self) -> None:
         """Raises ConfigError, HostError or KvmError for what went wrong since the beginning."""

@@ -142,13 +142,13 @@ class Machine:
                 self._undo.callback(self._foundation.close)
             image = loader.read_image(self.config.kernel or _find_kernel())
             linux = loader.plan(image, self.config.boot).protocol in LINUX_PROTOCOLS
-            self._foundation.await_it()
-            self.kvm, self.memory, self.vm = self._foundation.kvm, self._foundation.memory, self._foundation.vm
+            self.kvm, self.memory, self.vm = self._foundation.begun()
             if linux:
                 _require_ring0(self.kvm)
             self._create_devices()
             self._create_vcpus()
             self._load(image, linux)
+            self._foundation.await_it()
             enter = None if lock_down is None else lock_down()
             in_loop, in_vcpu = (None, None) if enter is None else (partial(enter, "loop"), partial(enter, "vcpu"))
             self.loop.start(in_loop)

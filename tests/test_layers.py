@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "kvmpy"
 
 # Layer: the layers (or modules) it may import from besides itself. A layer is a package, or a module of the top level.
 ALLOWED = {
+    "bundle": set(),
     "core": set(),
     "kvm": {"core", "_kvm_ioctls"},
     "jail": {"core", "_kvm_ioctls"},
@@ -49,8 +50,8 @@ ALLOWED = {
     "oops": set(),
     "pytest_plugin": {"core", "doctor", "kvm", "machine", "oops", "report", "sandbox"},
     "cli": {
-        "boot", "catalogue", "config", "console", "core", "doctor", "foundation", "guest", "host", "jail", "kvm",
-        "machine", "named", "report", "sandbox", "steward", "virtio",
+        "boot", "bundle", "catalogue", "config", "console", "core", "doctor", "foundation", "guest", "host", "jail",
+        "kvm", "machine", "named", "report", "sandbox", "steward", "virtio",
     },
 }  # fmt: skip
 FREE = {"__init__", "__main__", "_kvm_build", "_kvm_ioctls", "_virtqueue_build"}  # the facade, the command, the C

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from types import FrameType, SimpleNamespace
 
+from .. import bundle
 from ..config import MachineConfig
 from ..console import Console, Endpoint
 from ..core.board import Reason, Stop
@@ -61,6 +62,7 @@ def run(
         endpoint=lambda loop, console: open_endpoint(kind, path, loop, console, machine),
         foundation=foundation,
     )
+    bundle.keep()
     previous = {number: signal.signal(number, _stopper(machine)) for number in SIGNALS}
     if kind == "stdio":
         previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: tell_size(machine))
