@@ -259,13 +259,13 @@ def memory(root: Path) -> Iterator[Check]:
             "sudo sysctl vm.overcommit_memory=0",
         )
     pages = root / "sys/kernel/mm/transparent_hugepage"
-    mode = _chosen(_read(pages / "shmem_enabled"))
-    if mode in ("never", "deny"):
+    mode = _chosen(_read(pages / "enabled"))
+    if mode == "never":
         yield Check(
             "huge pages",
             Level.NOTE,
-            f"not for guests' memory (shmem_enabled is {mode}), which costs some speed",
-            f"echo advise | sudo tee {pages / 'shmem_enabled'}",
+            "not for guests' memory, which costs some speed",
+            f"echo madvise | sudo tee {pages / 'enabled'}",
         )
     elif mode:
         yield Check("huge pages", Level.OK, f"transparent, also for guests' memory ({mode})")

@@ -11,7 +11,7 @@ import threading
 from .config import MachineConfig
 from .core.errors import ConfigError, HostError, KvmpyError
 from .core.memory import GuestMemory
-from .kvm.handle import Kvm, Vm
+from .kvm.handle import Kvm, Vm, address_of
 from .x86 import cpuid, layout
 
 
@@ -69,7 +69,7 @@ class Foundation:
         if cpus > limit:
             raise ConfigError(f"{cpus} CPUs are more than this host's KVM takes", f"use --cpus {limit} or less")
         _check_memory(size)
-        self.memory = GuestMemory.allocate(layout.ram(size))
+        self.memory = GuestMemory.allocate(layout.ram(size), address_of=address_of)
         self.vm = self.kvm.create_vm()
         self.vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
         self.vm.set_tss_addr(layout.KVM_TSS)

@@ -9,7 +9,6 @@ It sees the host's own file system, or an image's, and what it writes is forgott
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -299,13 +298,12 @@ class Sandbox:
         """What the machine has used: seconds since power-on, until it was ready, and of the host's CPUs; bytes of RAM
         that it has, and that the host has really given for it."""
         machine = self.machine
-        fd = machine.memory.fd
         return {
             "seconds": time.monotonic() - machine.started_at,
             "ready_seconds": self.ready_seconds,
             "cpu_seconds": sum(vcpu.cpu_seconds() for vcpu in machine.vcpus),
             "memory": machine.config.mem,
-            "memory_used": os.fstat(fd).st_blocks * 512 if fd >= 0 else machine.config.mem,
+            "memory_used": machine.memory.resident(),
         }
 
     def pause(self) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from .errors import GuestMemoryError, HostError
 from .record import Record
 
 MAP_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module names it only from Python 3.13 on
+HUGE_PAGE = 2 << 20  # bytes
+LOOK = 1 << 18  # pages that are asked for at once
 
 
 class Region(Record, frozen=True):
-    """RAM that is contiguous in guest-physical space: `buf` is its bytes, at `offset` in the memfd."""
+    """RAM that is contiguous in guest-physical space: `buf` is its bytes, at `offset` in their mapping."""
 
     gpa: int
     buf: memoryview
@@ -26,14 +28,10 @@ class Region(Record, frozen=True):
 
 
 class GuestMemory:
-    """Consumer side of guest RAM: `window` (zero copy), `read`, `write` and `discard`, all bounds-checked.
+    """Consumer side of guest RAM: `window` (zero copy), `read`, `write` and `discard`, all bounds-checked."""
 
-    `fd` is the memfd behind all regions (-1 when the memory was made from plain buffers, as tests do).
-    """
-
-    def __init__(self, regions: Iterable[Region], fd: int = -1) -> None:
+    def __init__(self, regions: Iterable[Region]) -> None:
         self.regions = sorted(regions, key=lambda region: region.gpa)
-        self.fd = fd
         self._bases = [region.gpa for region in self.regions]
         self._maps: list[mmap.mmap] = []
         for low, high in zip(self.regions, self.regions[1:], strict=False):
@@ -41,34 +39,38 @@ class GuestMemory:
                 raise ValueError(f"RAM regions overlap at {high.gpa:#x}")
 
     @classmethod
-    def allocate(cls, ranges: Iterable[tuple[int, int]], *, huge: bool = True) -> GuestMemory:
-        """Lazily backed RAM for (guest address, size in bytes) pairs, whole pages; HostError when the host refuses."""
+    def allocate(
+        cls,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        huge: bool = True,
+        address_of: Callable[[mmap.mmap], int] | None = None,
+    ) -> GuestMemory:
+        """Lazily backed RAM for (guest address, size in bytes) pairs, whole pages; HostError when the host refuses.
+
+        Children of this process do not have it. With `huge` it is aligned for huge pages, by `address_of`, which tells
+        where a mapping is (ctypes, which can too, takes milliseconds to load).
+        """
         ranges = list(ranges)
-        total = sum(size for _, size in ranges)
         if any(size <= 0 or size % mmap.PAGESIZE for _, size in ranges):
             raise ValueError(f"RAM is given in whole pages, not {ranges}")
         maps: list[mmap.mmap] = []
         regions: list[Region] = []
-        fd = -1
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         try:
-            fd = os.memfd_create("kvmpy-ram", os.MFD_CLOEXEC)
-            os.ftruncate(fd, total)
-            offset = 0
             for gpa, size in ranges:
-                area = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | MAP_NORESERVE, offset=offset)
+                area = mmap.mmap(-1, size + HUGE_PAGE * huge, flags=flags)
                 maps.append(area)
+                area.madvise(mmap.MADV_DONTFORK)
+                offset = 0
                 if huge:
                     _advise(area, mmap.MADV_HUGEPAGE)
-                regions.append(Region(gpa, memoryview(area), offset))
-                offset += size
-            memory = cls(regions, fd)
+                    offset = (gpa - (address_of or _host_address)(area)) % HUGE_PAGE
+                regions.append(Region(gpa, memoryview(area)[offset : offset + size], offset))
+            memory = cls(regions)
         except (OSError, OverflowError) as error:
-            if fd >= 0:
-                os.close(fd)
+            total = sum(size for _, size in ranges)
             raise HostError(f"cannot map {total >> 20} MiB of guest RAM: {error}", "give less with --mem") from None
-        except ValueError:
-            os.close(fd)
-            raise
         memory._maps = maps
         return memory
 
@@ -114,26 +116,39 @@ class GuestMemory:
             window[first - gpa : first - gpa + size] = bytes(size)
             return
         try:
-            window.obj.madvise(mmap.MADV_REMOVE, first - region.gpa, size)  # a hole in the memfd, out of every mapping
+            window.obj.madvise(mmap.MADV_DONTNEED, first - region.gpa + region.offset, size)
         except OSError as error:
             raise HostError(
                 f"cannot give {size >> 10} KiB of guest RAM back: {error.strerror}", "run kvmpy without locked memory"
             ) from None
 
+    def resident(self) -> int:
+        """Bytes that the host has really given, as far as it has not swapped them out."""
+        import ctypes
+
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        pages = 0
+        states = (ctypes.c_ubyte * LOOK)()
+        for region in self.regions:
+            size, at = len(region.buf), _host_address(region.buf)
+            for begin in range(0, size, LOOK * mmap.PAGESIZE):
+                length = min(size - begin, LOOK * mmap.PAGESIZE)
+                if mincore(ctypes.c_void_p(at + begin), ctypes.c_size_t(length), states):
+                    raise HostError(f"cannot look at guest RAM: {os.strerror(ctypes.get_errno())}")
+                pages += bytes(states)[: length // mmap.PAGESIZE].count(1)
+        return pages * mmap.PAGESIZE
+
     def close(self) -> None:
-        """Unmap and close; every window must have been released, or Python refuses with BufferError."""
+        """Unmap it; every window must have been released, or Python refuses with BufferError."""
         for region in self.regions:
             region.buf.release()
         for area in self._maps:
             area.close()
         self.regions, self._bases, self._maps = [], [], []
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
-def _host_address(buffer: memoryview) -> int:
-    import ctypes  # takes milliseconds to load, and only balloons ask
+def _host_address(buffer: memoryview | mmap.mmap) -> int:
+    import ctypes  # takes milliseconds to load
 
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 

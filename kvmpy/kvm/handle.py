@@ -445,6 +445,11 @@ def explain_bus_errors() -> None:
     checked(lib.kvmpy_explain_bus_error(line, len(line), HostError.status), "sigaction", "SIGBUS")
 
 
+def address_of(area: mmap.mmap) -> int:
+    """Where in this process a mapping is."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(area)))
+
+
 def _get_cpuid(handle: Handle, function: str) -> list[CpuidEntry]:
     buf = bytearray(8 + 40 * MAX_CPUID_ENTRIES)
     struct.pack_into("<I", buf, 0, MAX_CPUID_ENTRIES)

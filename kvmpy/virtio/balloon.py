@@ -8,7 +8,7 @@ Linux: VIRTIO_BALLOON; PAGE_REPORTING for free pages.
     with balloon.lock:
         balloon.target(256 << 20)    # the driver hands over pages until `actual` says so
 
-Pages that the driver hands over leave the memfd behind guest RAM; used again, they come back as zeros.
+Pages that the driver hands over leave guest RAM; used again, they come back as zeros.
 A hostile guest may name pages that are not RAM (ignored), the same ones many times, its own rings (which then hold
 zeros: it harms itself), lists or reports of any length (one list counts up to MAX_PFNS, one turn gives back up to
 MAX_RANGES ranges), or not inflate at all: a balloon is a request, no limit.

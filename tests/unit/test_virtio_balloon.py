@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator
 
@@ -222,14 +221,14 @@ def test_memory_goes_back_to_the_host(real: GuestMemory, board: FakeBoard) -> No
     real.write(RAM // 2, b"x" * (RAM // 2))
     high = [(1 << 32) // PAGE + n for n in range(RAM // PAGE)]
     driver.submit(INFLATE, [pages(*high)])
-    full = os.fstat(real.fd).st_blocks * 512
+    full = real.resident()
 
     driver.kick(INFLATE)
-    inflated = os.fstat(real.fd).st_blocks * 512
+    inflated = real.resident()
     driver.descriptor(driver.queues[2].desc, 0, RAM // 2, RAM // 2, 2, 0)
     driver.publish(2, 0)
     driver.kick(2)
-    reported = os.fstat(real.fd).st_blocks * 512
+    reported = real.resident()
     for queue in driver.transport.core.queues:  # they have windows on the memory
         queue.stop()
 

@@ -19,6 +19,7 @@ CASES = {
     for name, kind in (("4K read", RANDOM_READ), ("4K write", RANDOM_WRITE))
 } | {"1M read depth 4": Phase(READ, 4, MIB), "1M write depth 4": Phase(WRITE, 4, MIB)}
 SIZE = 256 * MIB
+SLICES = 5  # of each round
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:

@@ -16,6 +16,7 @@ CASES = {
     "virtio, 80 bytes": Phase(VIRTIO, 1, 80),
     "virtio, 16 of 4096 bytes": Phase(VIRTIO, 16, 4096),
 }
+SLICES = 5  # of each round
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:

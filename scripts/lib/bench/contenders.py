@@ -32,7 +32,6 @@ class Job:
     nets: tuple[Path, ...] = ()  # UNIX sockets on which somebody listens: frames behind their length
     taps: tuple[str, ...] = ()  # interfaces
     qmp: Path | None = None  # where QEMU is to listen for commands
-    memfd: bool = False  # the guest's RAM is to be one, which the harness looks into
 
     def with_image(self, image: Path) -> Job:
         return replace(self, image=image)
@@ -95,7 +94,6 @@ class Qemu(Contender):
     def command(self, job: Job) -> list[str]:
         more = job.console + len(job.disks) + len(job.nets) > TRANSPORTS
         machine = "microvm,rtc=off," + ("acpi=on,ioapic2=on" if more else "acpi=off")
-        machine += f",memory-backend=ram -object memory-backend-memfd,id=ram,size={job.mem}M" if job.memfd else ""
         words = f"{self.binary} -accel kvm -M {machine} -m {job.mem} -smp {job.cpus}".split()
         words += "-nodefaults -no-user-config -display none -no-reboot -global virtio-mmio.force-legacy=false".split()
         words += f"-device isa-debug-exit,iobase={self.exit_port:#x},iosize=1 -bios {job.image}".split()

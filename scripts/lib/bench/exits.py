@@ -21,6 +21,7 @@ CASES = (  # guests/bench/exits.c
     "string output, 64 bytes",
     "notify",
 )
+SLICES = 5  # of each round
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:

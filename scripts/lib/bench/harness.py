@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,11 @@ class Options:
     smoke: bool  # as little as shows that everything works
     folder: Path  # for disk images
     only: str  # contenders, a regular expression
+
+    def sliced(self, slices: int) -> Options:
+        """For a row that divides each round: what else the host does changes from one second to the next, and meets
+        contenders alike that take turns more often."""
+        return replace(self, rounds=self.rounds * slices, seconds=self.seconds / slices)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -20,6 +20,7 @@ SEND, RECEIVE, SEND_TSO = range(3)  # guests/bench/net.c
 SIZES = {"64 B": 64, "1500 B": 1514, "64 KiB": 14 + 0xFFFF}  # of frames with their Ethernet header
 DEPTH = 64
 TAP = f"kvmpy{os.getpid()}"
+SLICES = 5  # of each round
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
