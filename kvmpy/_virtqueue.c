@@ -22,7 +22,7 @@ enum { MAX_REGIONS = 8, MAX_SEGMENTS = 256 };
 
 /* Drivers hear of what is done after so many requests, or so many ns; when one has said that it need not, it goes on
  * for a turn, after which others have theirs. */
-enum { BATCH = 64, BATCH_NS = 100000, TURN_NS = 500000 };
+enum { BATCH = 64, BATCH_NS = 100000, TURN_NS = 500000, PATIENCE_MAX_NS = 300000 };
 
 enum outcome {
     KVMPY_EMPTY,   /* nothing is left, and the driver will kick for the next one */
@@ -31,6 +31,7 @@ enum outcome {
     KVMPY_ODD,     /* the next one is not ordinary */
     KVMPY_BLOCKED, /* the host has no room, or no frame */
 };
+enum { ENTRY = -1 }; /* no outcome yet: there is one to be served */
 
 /* RAM that is contiguous in guest-physical space, as core/memory.py has it; sorted by address. */
 struct kvmpy_region {
@@ -48,9 +49,16 @@ struct kvmpy_queue {
     uint16_t signalled;              /* up to where the driver has been told of used elements */
 };
 
+/* How driver and device take turns, in ns. */
+struct kvmpy_pace {
+    uint64_t drained;    /* when the driver was left without anything under way (CLOCK_MONOTONIC), else 0 */
+    uint64_t busy;       /* for how long entries had been served by then */
+    uint64_t turnaround; /* how long the driver last took to have another one */
+};
+
 struct kvmpy_disk {
+    struct kvmpy_pace pace;
     uint64_t sectors;
-    uint64_t drained; /* when the driver was left without anything under way, ns of CLOCK_MONOTONIC */
     int32_t fd;
     uint8_t writable; /* and the driver flushes: where it cannot, each write has to reach the disk */
 };
@@ -75,6 +83,7 @@ struct kvmpy_wire {
 
 /* A tap interface; each frame has a struct virtio_net_hdr in front. */
 struct kvmpy_tap {
+    struct kvmpy_pace pace;
     uint8_t *buffer; /* of `size` bytes, more than a frame with its header */
     uint32_t size, kept;
     int32_t fd;
@@ -258,12 +267,13 @@ static int need_not_tell(struct kvmpy_queue *queue)
 struct turn {
     uint32_t left, batch;
     uint64_t batch_end, end;
+    uint64_t began; /* to serve what came last, when there had been nothing */
 };
 
 static void begin_turn(struct turn *turn, uint32_t limit)
 {
     uint64_t time = now();
-    *turn = (struct turn){limit, BATCH, time + BATCH_NS, time + TURN_NS};
+    *turn = (struct turn){limit, BATCH, time + BATCH_NS, time + TURN_NS, time};
 }
 
 /* Whether the turn goes on after `count` requests, at most as many as were left. */
@@ -281,6 +291,47 @@ static int goes_on(struct kvmpy_queue *queue, struct turn *turn, uint32_t count)
     turn->batch = BATCH;
     turn->batch_end = time + BATCH_NS;
     return 1;
+}
+
+/* Note whether the driver has nothing under way now. */
+static int is_drained(const struct kvmpy_queue *queue, struct kvmpy_pace *pace, const struct turn *turn)
+{
+    if (avail_index(queue) != queue->next_avail)
+        return 0;
+    pace->drained = now();
+    pace->busy = pace->drained - turn->began;
+    return 1;
+}
+
+/* For how long a driver that is as quick as the last time is waited for, ns: as long as a wait costs less than half of
+ * the work, after which it takes the driver longer to come back from its sleep. */
+static uint64_t patience_for(const struct kvmpy_pace *pace, uint64_t patience)
+{
+    uint64_t most = pace->busy / 2 < PATIENCE_MAX_NS ? pace->busy / 2 : PATIENCE_MAX_NS;
+    uint64_t longest = most > patience ? most : patience;
+    return patience && pace->turnaround < longest ? longest : 0;
+}
+
+/* Be sure that there is an entry: ENTRY. When one was `served` before, and the driver wants to be told of that or the turn
+ * is over, DRAINED. Else wait for `patience` ns or longer, unless that is 0; EMPTY. */
+static int find_entry(struct kvmpy_queue *queue, struct kvmpy_pace *pace, struct turn *turn, int served, uint64_t patience)
+{
+    if (avail_index(queue) == queue->next_avail) {
+        if (served && is_drained(queue, pace, turn) &&
+            (!patience || pace->drained >= turn->end || !need_not_tell(queue)))
+            return KVMPY_DRAINED;
+        uint64_t wait = patience_for(pace, patience);
+        if (wait)
+            wait_for_entry(queue, wait);
+        if (is_empty(queue))
+            return KVMPY_EMPTY;
+    }
+    if (pace->drained) {
+        turn->began = now();
+        pace->turnaround = turn->began - pace->drained;
+        pace->drained = 0;
+    }
+    return ENTRY;
 }
 
 /* Copy the first `size` readable bytes out of the chain; 0 when there are fewer. */
@@ -353,29 +404,19 @@ static int blk_request(const struct kvmpy_disk *disk, struct chain *chain, uint8
     return done >= 0 && (uint64_t)done == length;
 }
 
-/* Serve up to `limit` requests, for a turn. Where there is none, wait `patience` ns for one that comes without a kick.
- * Returns an enum outcome; with EMPTY, the driver has been told of all that was served. */
+/* Serve up to `limit` requests, for a turn. Where there is none, wait for one that comes without a kick, for `patience`
+ * ns or longer. Returns an enum outcome; with EMPTY, the driver has been told of all that was served. */
 static int kvmpy_serve_disk(struct kvmpy_queue *queue, struct kvmpy_disk *disk, uint32_t limit, uint64_t patience)
 {
     struct chain chain;
     struct turn turn;
     begin_turn(&turn, limit);
     for (int served = 0;; served = 1) {
-        uint16_t index = avail_index(queue);
-        if (index == queue->next_avail) {
-            if (served) {
-                disk->drained = now();
-                if (!patience || disk->drained >= turn.end || !need_not_tell(queue))
-                    return KVMPY_DRAINED;
-            }
-            if (patience)
-                wait_for_entry(queue, patience);
-            if (is_empty(queue))
-                return KVMPY_EMPTY;
-            index = avail_index(queue);
-        }
+        int found = find_entry(queue, &disk->pace, &turn, served, patience);
+        if (found != ENTRY)
+            return found;
         uint8_t *status;
-        if (!may_be(queue, queue->next_avail, index) || !get_entry(queue, queue->next_avail, &chain))
+        if (!may_be(queue, queue->next_avail, avail_index(queue)) || !get_entry(queue, queue->next_avail, &chain))
             return KVMPY_ODD;
         uint64_t written = chain.capacity;
         if (!blk_request(disk, &chain, &status))
@@ -385,7 +426,7 @@ static int kvmpy_serve_disk(struct kvmpy_queue *queue, struct kvmpy_disk *disk, 
         put_used(queue, chain.head, (uint32_t)written); /* below 4 GiB: the chain has a header as well */
         publish(queue);
         if (!goes_on(queue, &turn, 1))
-            return KVMPY_MORE;
+            return is_drained(queue, &disk->pace, &turn) ? KVMPY_DRAINED : KVMPY_MORE;
     }
 }
 
@@ -622,17 +663,19 @@ struct net_header { /* struct virtio_net_hdr */
     uint16_t hdr_len, gso_size, csum_start, csum_offset, num_buffers;
 };
 
-/* Send up to `limit` frames, for a turn. Returns an enum outcome, not DRAINED. */
-static int kvmpy_tap_send(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit)
+/* Send up to `limit` frames, for a turn. Where there is none, wait for one that comes without a kick, for `patience` ns
+ * or longer. Returns an enum outcome; with EMPTY, the driver has been told of all that was sent. */
+static int kvmpy_tap_send(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint32_t limit, uint64_t patience)
 {
     struct chain chain;
     struct iovec vector[1 + MAX_SEGMENTS];
     struct turn turn;
     begin_turn(&turn, limit);
-    do {
+    for (int served = 0;; served = 1) {
+        int found = find_entry(queue, &tap->pace, &turn, served, patience);
+        if (found != ENTRY)
+            return found;
         struct net_header header;
-        if (is_empty(queue))
-            return KVMPY_EMPTY;
         if (!may_be(queue, queue->next_avail, avail_index(queue)) || !get_entry(queue, queue->next_avail, &chain))
             return KVMPY_ODD;
         if (!take_front(&chain, &header, sizeof header) || chain.size < ETH_HEADER || chain.size > MAX_FRAME)
@@ -656,8 +699,9 @@ static int kvmpy_tap_send(struct kvmpy_queue *queue, struct kvmpy_tap *tap, uint
         queue->next_avail++;
         put_used(queue, chain.head, 0);
         publish(queue);
-    } while (goes_on(queue, &turn, 1));
-    return KVMPY_MORE;
+        if (!goes_on(queue, &turn, 1))
+            return is_drained(queue, &tap->pace, &turn) ? KVMPY_DRAINED : KVMPY_MORE;
+    }
 }
 
 /* Whether the guest takes the frame of `size` bytes behind `header`, which is changed for it. */

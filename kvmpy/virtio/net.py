@@ -141,6 +141,7 @@ class Net(VirtioDevice):
 
     type_id = Type.NET
     queue_sizes = (256, 256)
+    own_thread = True  # it may wait for the driver, too (twin.py)
     needs = NEEDS
     modules: ClassVar[tuple[str, ...]] = ("virtio_net",)
 
@@ -191,7 +192,7 @@ class Net(VirtioDevice):
             _claim(board, self.mac)
         super().attach(board)
         for index, options in self._limit_options.items():
-            self._limits[index] = RateLimit(board.loop, self, partial(self.serve, index), **options)
+            self._limits[index] = RateLimit(self.loop, self, partial(self.serve, index), **options)
         if self._pcap_path is not None:
             self._pcap = Pcap(self._pcap_path)
         self.backend = backend = self.open()
@@ -433,10 +434,10 @@ class Net(VirtioDevice):
             return
         descriptor = self.backend.fileno()
         if self._events >= 0:
-            self.board.loop.remove(descriptor)
+            self.loop.remove(descriptor)
         self._events = events
         if events >= 0:
-            self.board.loop.add(descriptor, self._ready, events=events, owner=self)
+            self.loop.add(descriptor, self._ready, events=events, owner=self)
 
     def _make_twin(self, queues: Sequence[VirtQueue]) -> FrameTwin | None:
         """What carries frames in C: between a socket or tap and a driver, where nobody counts or records them."""
@@ -465,7 +466,7 @@ class Net(VirtioDevice):
         self._twin = None
         if self.backend is not None:
             if self._events >= 0:
-                self.board.loop.remove(self.backend.fileno())
+                self.loop.remove(self.backend.fileno())
                 self._events = -1
             self.backend.close()
             self.backend = None

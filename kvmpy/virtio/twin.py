@@ -7,7 +7,6 @@ queue's positions while it works; whatever it does not like it leaves in the rin
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from .queue import Chain, VirtQueue
 
 # Drivers that wait for each batch have the next one ready soon: without a kick and the way of a thread out of its sleep
 # it is served sooner. A driver that took longer the last time is not waited for.
-PATIENCE_NS = 50_000 if len(os.sched_getaffinity(0)) > 1 else 0
+PATIENCE_NS = 100_000 if len(os.sched_getaffinity(0)) > 1 else 0
 
 
 class DiskTwin:
@@ -44,13 +43,11 @@ class DiskTwin:
         queue.more = False
         if not queue.ready:
             return
-        soon = time.monotonic_ns() - disk.drained < PATIENCE_NS
-        patience = self._patience if soon else 0
         left = queue.size
         while left > 0:
             ring.next_avail, ring.next_used, ring.signalled = queue.positions
             before = ring.next_avail
-            outcome = serve(ring, disk, left, patience)
+            outcome = serve(ring, disk, left, self._patience)
             queue.positions = ring.next_avail, ring.next_used, ring.signalled
             if outcome == lib.KVMPY_EMPTY:
                 return
@@ -88,10 +85,10 @@ class FrameTwin:
         """Give the driver up to `limit` frames, when Python has none for it."""
         raise NotImplementedError
 
-    def _round(self, work: Callable[[Any, Any, int], int], queue: VirtQueue, limit: int) -> int:
+    def _round(self, work: Callable[..., int], queue: VirtQueue, *words: int) -> int:
         ring, _ = self._rings[queue.index]
         ring.next_avail, ring.next_used, ring.signalled = queue.positions
-        outcome = work(ring, self._host, limit)
+        outcome = work(ring, self._host, *words)
         queue.positions = ring.next_avail, ring.next_used, ring.signalled
         return outcome
 
@@ -146,7 +143,14 @@ class TapTwin(FrameTwin):
                 table[kind] = 1
 
     def transmit(self, queue: VirtQueue, limit: int) -> int:
-        return self._round(lib.kvmpy_tap_send, queue, limit)
+        while limit > 0:
+            before, *_ = queue.positions
+            outcome = self._round(lib.kvmpy_tap_send, queue, limit, PATIENCE_NS)
+            if outcome != lib.KVMPY_DRAINED:
+                return outcome
+            limit -= queue.positions[0] - before & 0xFFFF
+            queue.signal()
+        return self.MORE
 
     def receive(self, queue: VirtQueue, limit: int) -> int:
         outcome = self._round(lib.kvmpy_tap_receive, queue, limit)
