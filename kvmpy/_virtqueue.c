@@ -72,6 +72,7 @@ enum { /* bytes, as host/netsocket.py and host/frames.py have them */
 
 /* A stream socket that carries frames, each behind its length, which is big-endian. */
 struct kvmpy_wire {
+    struct kvmpy_pace pace;
     uint8_t *buffer;           /* of `size` bytes, more than a frame: what was read and not yet given out ... */
     uint32_t size, start, end; /* ... is [start, end) of it */
     uint8_t *rest;             /* room for LENGTH + MAX_FRAME: of a frame that was taken in part ... */
@@ -493,23 +494,22 @@ static void keep_rest(struct kvmpy_wire *wire, const struct outgoing *out, uint6
     }
 }
 
-/* Send up to `limit` frames, for a turn, when nothing is left of an earlier one. Returns an enum outcome, not DRAINED. */
-static int kvmpy_send_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit)
+/* Send up to `limit` frames, for a turn, when nothing is left of an earlier one. Where there is none, wait for one that
+ * comes without a kick, for `patience` ns or longer. Returns an enum outcome; with EMPTY, the driver has been told of all
+ * that was sent. */
+static int kvmpy_send_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire, uint32_t limit, uint64_t patience)
 {
     struct outgoing out;
     struct turn turn;
     wire->rest_size = 0;
     begin_turn(&turn, limit);
-    do {
+    for (int served = 0;; served = 1) {
+        int found = find_entry(queue, &wire->pace, &turn, served, patience);
+        if (found != ENTRY)
+            return found;
         int ordinary = collect_frames(queue, &out, turn.left);
-        if (!out.frames) {
-            if (!ordinary)
-                return KVMPY_ODD;
-            if (is_empty(queue))
-                return KVMPY_EMPTY;
-            out.frames = 1; /* a driver that takes entries back cannot keep us here */
-            continue;
-        }
+        if (!out.frames) /* a driver that takes entries back cannot keep us here */
+            return ordinary ? KVMPY_MORE : KVMPY_ODD;
         struct msghdr message = {.msg_iov = out.vector, .msg_iovlen = out.vectors};
         ssize_t done;
         do {
@@ -527,8 +527,9 @@ static int kvmpy_send_frames(struct kvmpy_queue *queue, struct kvmpy_wire *wire,
         publish(queue);
         if (sent < out.size)
             return KVMPY_BLOCKED;
-    } while (goes_on(queue, &turn, out.frames));
-    return KVMPY_MORE;
+        if (!goes_on(queue, &turn, out.frames))
+            return is_drained(queue, &wire->pace, &turn) ? KVMPY_DRAINED : KVMPY_MORE;
+    }
 }
 
 /* Read until there is a whole frame, and give its size; 0 with `*outcome` set when there is none. */

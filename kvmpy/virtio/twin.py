@@ -85,6 +85,16 @@ class FrameTwin:
         """Give the driver up to `limit` frames, when Python has none for it."""
         raise NotImplementedError
 
+    def _send(self, work: Callable[..., int], queue: VirtQueue, limit: int) -> int:
+        while limit > 0:
+            before, *_ = queue.positions
+            outcome = self._round(work, queue, limit, PATIENCE_NS)
+            if outcome != lib.KVMPY_DRAINED:
+                return outcome
+            limit -= queue.positions[0] - before & 0xFFFF
+            queue.signal()
+        return self.MORE
+
     def _round(self, work: Callable[..., int], queue: VirtQueue, *words: int) -> int:
         ring, _ = self._rings[queue.index]
         ring.next_avail, ring.next_used, ring.signalled = queue.positions
@@ -105,7 +115,7 @@ class WireTwin(FrameTwin):
         wire.fd, wire.longest, wire.mergeable = backend.fileno(), longest, mergeable
 
     def transmit(self, queue: VirtQueue, limit: int) -> int:
-        outcome = self._round(lib.kvmpy_send_frames, queue, limit)
+        outcome = self._send(lib.kvmpy_send_frames, queue, limit)
         if left := self._host.rest_size:
             self._backend.rest = memoryview(bytes(self._rest[:left]))
         return outcome
@@ -143,14 +153,7 @@ class TapTwin(FrameTwin):
                 table[kind] = 1
 
     def transmit(self, queue: VirtQueue, limit: int) -> int:
-        while limit > 0:
-            before, *_ = queue.positions
-            outcome = self._round(lib.kvmpy_tap_send, queue, limit, PATIENCE_NS)
-            if outcome != lib.KVMPY_DRAINED:
-                return outcome
-            limit -= queue.positions[0] - before & 0xFFFF
-            queue.signal()
-        return self.MORE
+        return self._send(lib.kvmpy_tap_send, queue, limit)
 
     def receive(self, queue: VirtQueue, limit: int) -> int:
         outcome = self._round(lib.kvmpy_tap_receive, queue, limit)

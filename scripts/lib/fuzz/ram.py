@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import random
 
 from kvmpy.core.errors import GuestMemoryError
@@ -72,18 +71,13 @@ class Ram:
 
 def _guarded(size: int) -> mmap.mmap:
     refused = []
-    fd = os.memfd_create("fuzz-ram", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(fd, size + PAGE)
-        while True:
-            area = mmap.mmap(fd, size + PAGE)
-            start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-            flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
-            if libc.mmap(start - PAGE, PAGE, PROT_NONE, flags, -1, 0) == start - PAGE:
-                break
-            refused.append(area)  # something lies in front of it: keep the place, and try another one
-    finally:
-        os.close(fd)
+    while True:
+        area = mmap.mmap(-1, size + PAGE, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+        if libc.mmap(start - PAGE, PAGE, PROT_NONE, flags, -1, 0) == start - PAGE:
+            break
+        refused.append(area)  # something lies in front of it: keep the place, and try another one
     if libc.mprotect(start + size, PAGE, PROT_NONE):
         raise OSError(ctypes.get_errno(), "mprotect")
     return area
