@@ -243,7 +243,8 @@ static size_t kvmpy_stream_waiting(struct kvmpy_stream *stream, int *lingers)
     return used;
 }
 
-/* Copy up to `size` bytes out, the oldest first, and let the next byte wake the reader again. */
+/* Copy up to `size` bytes out, the oldest first, and let the next byte wake the reader again. What has come since it asked
+ * how many there are wakes it at once. */
 static size_t kvmpy_stream_take(struct kvmpy_stream *stream, uint8_t *data, size_t size)
 {
     pthread_mutex_lock(&stream->lock);
@@ -252,8 +253,10 @@ static size_t kvmpy_stream_take(struct kvmpy_stream *stream, uint8_t *data, size
     memcpy(data, stream->data, size);
     stream->used -= size;
     memmove(stream->data, stream->data + size, stream->used);
-    stream->called = stream->lingers = 0;
+    int rest = stream->called = stream->lingers = stream->used > 0;
     pthread_mutex_unlock(&stream->lock);
+    if (rest)
+        stream_wake(stream);
     return size;
 }
 

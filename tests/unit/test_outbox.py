@@ -120,3 +120,24 @@ def test_a_closed_one_still_takes_bytes() -> None:
 
     assert box.put(b"a\n")
     assert box.take() == b"a\n"
+
+
+def test_what_comes_while_the_reader_takes_wakes_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be no later byte that does: the guest waits for room."""
+    box, woken = fast()
+    box.put(b"first\n")
+    assert woken()
+    waiting = FastOutbox.waiting
+
+    def meanwhile(outbox: FastOutbox) -> tuple[int, bool]:
+        asked = waiting(outbox)
+        outbox.put(b"second\n")
+        return asked
+
+    monkeypatch.setattr(FastOutbox, "waiting", meanwhile)
+    first = box.take()
+    monkeypatch.undo()
+
+    assert (first, woken()) == (b"first\n", True)
+    assert (box.take(), woken()) == (b"second\n", False)
+    box.close()
