@@ -205,7 +205,7 @@ static int stream_append(struct kvmpy_stream *stream, const uint8_t *data, size_
     memcpy(stream->data + stream->used, data, size);
     stream->used += size;
     stream->under_way += size;
-    stream->full = stream->under_way >= stream->limit;
+    stream->full |= stream->under_way >= stream->limit; /* until the host has taken half of it */
     if (stream->called)
         return 0;
     if (stream->used >= stream->batch || memchr(data, '\n', size))

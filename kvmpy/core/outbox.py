@@ -47,7 +47,7 @@ class PlainOutbox:
         with self._lock:
             self._data += data
             self.under_way += len(data)
-            self._full = self.under_way >= self._limit
+            self._full = self._full or self.under_way >= self._limit
             room = not self._full
             wake = False
             if not self._called:

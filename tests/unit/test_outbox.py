@@ -141,3 +141,15 @@ def test_what_comes_while_the_reader_takes_wakes_it_again(monkeypatch: pytest.Mo
     assert (first, woken()) == (b"first\n", True)
     assert (box.take(), woken()) == (b"second\n", False)
     box.close()
+
+
+def test_full_is_full_for_all_writers_until_half_has_gone(pair: tuple[Any, Wakes]) -> None:
+    """Or whoever was refused before would never be told."""
+    box, _ = pair
+    refused = box.put(b"x" * LIMIT)
+    still = box.sent(LIMIT // 2 - 1)
+
+    other = box.put(b"y")
+    drained = box.sent(2)
+
+    assert (refused, still, other, drained) == (False, False, False, True)
