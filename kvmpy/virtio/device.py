@@ -38,7 +38,7 @@ class VirtioDevice(Device):
     reaches: bool = False
     folders: Sequence[tuple[Path, bool]] = ()
     longest_file: int = 0
-    own_thread: ClassVar[bool] = False  # for devices that wait for the host for long, and would hold up others
+    own_thread: ClassVar[bool] = False  # for devices that wait long enough to hold up others
 
     board: Board
     loop: EventLoop  # the board's, or one that serves this device alone
