@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from .config import MachineConfig
 from .core import progress
 from .core.board import Reason, Stop
-from .core.errors import ConfigError, GuestLost
+from .core.errors import ConfigError, GuestLost, NotFoundError
 from .guest.client import Agent, Word
 from .guest.completed import Completed
 from .guest.process import Process
@@ -160,6 +160,9 @@ class Sandbox:
 
     def prepare(self) -> None:
         """Have the image of the root at hand, which `start` does otherwise; raises what kvmpy.root.find raises."""
+        folder = self.machine.config.root
+        if folder is not None and not Path(folder).exists():
+            raise NotFoundError(f"there is no {folder}", "give --root a folder or an image that exists")
         if self._root is None:
             return
         from .root import find  # with what images take

@@ -71,6 +71,12 @@ def test_root() -> None:
     assert kvmpy.Sandbox(root="none").machine.config.root is None
 
 
+def test_root_that_is_not_there(tmp_path: Path) -> None:
+    """Told before anything of the host is."""
+    with pytest.raises(kvmpy.NotFoundError, match=r"there is no .*missing; give --root a folder or an image"):
+        kvmpy.Sandbox(root=tmp_path / "missing").prepare()
+
+
 def test_volumes() -> None:
     by_host = kvmpy.Sandbox(volumes={"a:b": "/c", Path("d"): "/e:ro"})
     by_line = kvmpy.Sandbox(volumes=["x:/y:ro", "x:/z"])
