@@ -43,8 +43,11 @@ class EventLoop:
         self._stopping = False
 
     def add(self, fd: int, callback: Callback, *, events: int = READ, owner: Any = None) -> None:
-        """Call `callback` whenever `fd` is ready (level-triggered); raises OSError when epoll cannot watch it."""
+        """Call `callback` whenever `fd` is ready (level-triggered); raises OSError when epoll cannot watch it. A no-op
+        when the loop has stopped."""
         with self._lock:
+            if self._epoll.closed:
+                return
             self._callbacks[fd] = (callback, _lock_of(owner))
             try:
                 self._epoll.register(fd, events)

@@ -128,3 +128,20 @@ def test_failures_of_a_sibling_are_told_to_the_same(loop: EventLoop, failures: l
     sibling.stop()
 
     assert [str(error) for error in failures] == ["on another thread"]
+
+
+def test_a_loop_that_has_stopped_watches_nothing() -> None:
+    """A device is reset after its own loop has stopped, and may then wait for something else."""
+    loop = EventLoop("stopped", lambda error: None)
+    loop.start()
+    reading, writing = os.pipe()
+    loop.add(reading, lambda: None)
+    loop.stop()
+
+    loop.remove(reading)
+    loop.add(reading, lambda: None)
+    loop.call_soon(lambda: None)
+    loop.after(0, lambda: None)
+
+    os.close(reading)
+    os.close(writing)
