@@ -59,6 +59,7 @@ def test_terminal(start: Start, cloud: Path) -> None:
     console.expect(r"begun\r+\n")  # the shell has given the terminal its usual modes back
     console.type("\x03")  # Ctrl-c is for the guest
     console.expect(r"\^C")
+    console.expect("# ")  # the shell has read nothing of the next line before
     console.type("stty -icanon; dd bs=1 count=1 2>/dev/null | od -An -tx1\r")
     console.expect(r"tx1\r+\n")
     console.type("\x01\x01")
