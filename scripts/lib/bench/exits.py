@@ -21,7 +21,7 @@ CASES = (  # guests/bench/exits.c
     "string output, 64 bytes",
     "notify",
 )
-SLICES = 5  # of each round
+SLICES = 10  # of each round
 
 
 def runs(options: Options, folder: Path) -> dict[str, Run]:
@@ -30,7 +30,8 @@ def runs(options: Options, folder: Path) -> dict[str, Run]:
 
 
 def run(contender: Contender, job: Job, options: Options) -> Iterator[Figure]:
-    results = phases.run(contender, "exits", job, [Phase(kind) for kind in range(len(CASES))], options.seconds)
+    cases = [Phase(kind) for kind in range(len(CASES))]
+    results = phases.run(contender, "exits", job, cases, options.seconds, pinned=True)
     for case, done in zip(CASES, results, strict=True):
         yield Figure(case, "us", done.seconds / done.operations * 1e6)
         yield Figure(case, "cpu us", done.cpu / done.operations * 1e6)  # says more on a busy host

@@ -77,6 +77,12 @@ class Watch:
                 if len(words) > 2 and (words[0], words[2]) == KVM_RUN:
                     self.vcpus.add(task.name)
 
+    def pin(self) -> None:
+        """Keep the vCPUs on the last processor: one may be slower than the other, and it would be chance who has it."""
+        for task in self.vcpus:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(int(task), {max(os.sched_getaffinity(0))})
+
     def between(self, begin: Border, end: Border, operations: int) -> Measured:
         ticks = sum(n - begin.threads.get(t, 0) for t, n in end.threads.items() if t not in self.vcpus)
         return Measured(operations, end.time - begin.time, end.cpu - begin.cpu, ticks / TICK)
@@ -101,8 +107,11 @@ def tsc_hz() -> float:
     return 2e9
 
 
-def run(contender: Contender, guest: str, job: Job, phases: Sequence[Phase], seconds: float) -> list[Measured]:
-    """One run of the contender: what came of each phase. `job.image` is made here."""
+def run(
+    contender: Contender, guest: str, job: Job, phases: Sequence[Phase], seconds: float, *, pinned: bool = False
+) -> list[Measured]:
+    """One run of the contender: what came of each phase. `job.image` is made here. With `pinned`, all contenders' vCPUs
+    run on the same processor."""
     with tempfile.TemporaryDirectory(prefix="kvmpy-bench-") as folder:
         path = Path(folder) / "guest.bin"
         path.write_bytes(image(guest, contender, phases, seconds))
@@ -114,7 +123,7 @@ def run(contender: Contender, guest: str, job: Job, phases: Sequence[Phase], sec
             limit = threading.Timer(RUN_LIMIT, process.kill)
             limit.start()
             try:
-                results = _listen(process, len(phases))
+                results = _listen(process, len(phases), pinned)
             finally:
                 limit.cancel()
                 process.kill()
@@ -126,7 +135,7 @@ def run(contender: Contender, guest: str, job: Job, phases: Sequence[Phase], sec
     return results
 
 
-def _listen(process: subprocess.Popen[bytes], count: int) -> list[Measured]:
+def _listen(process: subprocess.Popen[bytes], count: int, pinned: bool) -> list[Measured]:
     assert process.stdout is not None
     watch = Watch(process.pid)
     borders: list[tuple[Border, Border, int]] = []
@@ -135,6 +144,8 @@ def _listen(process: subprocess.Popen[bytes], count: int) -> list[Measured]:
         if line.startswith(b"B"):
             begin = watch.border()
             watch.find_vcpus()
+            if pinned:
+                watch.pin()
         elif line.startswith(b"E") and begin is not None:
             borders.append((begin, watch.border(), int(line[1:], 16)))
             watch.find_vcpus()
