@@ -16,7 +16,8 @@ from .contenders import BUILD, ROOT, Contender, Job, found
 from .harness import Failed, Figure, Options, Run
 
 RUN_LIMIT = 30.0  # seconds
-STARTS = 5  # in each round
+STARTS = 3  # in each round
+SLICES = 5  # of each round
 SPAWN = "process start to "
 
 
